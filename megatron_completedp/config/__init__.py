@@ -1,0 +1,1 @@
+"""Run configuration: frozen dataclasses, strict YAML, flags. Never imports torch."""

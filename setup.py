@@ -1,0 +1,34 @@
+"""Package metadata; tool settings live in pyproject.toml."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+
+setup(
+    name="megatron_completedp",
+    version="0.1.0",
+    description="Complete(d)P hyperparameter transfer for language-model pretraining on Megatron-Core",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=find_packages(include=["megatron_completedp", "megatron_completedp.*"]),
+    python_requires=">=3.11",
+    # psutil is needed by megatron-core's checkpoint writer but not declared by it.
+    install_requires=[
+        "torch>=2.6",
+        "megatron-core>=0.16.1,<0.20",
+        "numpy",
+        "sentencepiece",
+        "psutil",
+        "pyyaml",
+        "tyro>=0.9",
+        "matplotlib",
+        "tqdm",
+    ],
+    extras_require={
+        "tensorboard": ["tensorboard"],
+        "test": ["pytest", "hypothesis", "ruff", "mypy", "types-PyYAML"],
+    },
+)
