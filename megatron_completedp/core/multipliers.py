@@ -59,12 +59,20 @@ class DepthProfiles:
             for value in getattr(self, item.name):
                 _require_positive(f"multipliers.depth.{item.name}", value)
 
-    def at(self, name: str, layer: int, num_layers: int) -> float:
-        """The factor of hyperparameter `name` at `layer` (from 0) of a `num_layers`-layer model."""
+    def to_depth(self, num_layers: int) -> DepthProfiles:
+        """The same profiles at `num_layers` layers."""
+        return DepthProfiles(
+            **{
+                item.name: interpolate_profile(profile, num_layers)
+                for item in fields(self)
+                if (profile := getattr(self, item.name))
+            }
+        )
+
+    def factor(self, name: str, layer: int | None) -> float:
+        """The factor on hyperparameter `name` at `layer`; 1 outside the stack (None)."""
         profile: tuple[float, ...] = getattr(self, name)
-        if not profile:
-            return 1.0
-        return interpolate_profile(profile, num_layers)[layer]
+        return profile[layer] if profile and layer is not None else 1.0
 
 
 @dataclass(frozen=True, kw_only=True)

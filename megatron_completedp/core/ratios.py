@@ -46,7 +46,7 @@ class Ratios:
     m_D: float = 1.0
 
     @property
-    def m_S(self) -> float:  # noqa: N802 - the paper's symbol
+    def m_S(self) -> float:
         """Ratio of optimizer steps, m_D / m_B."""
         return self.m_D / self.m_B
 

@@ -1,4 +1,4 @@
-"""Learning-rate schedules as functions of step / steps, so that windows scale with m_S by design."""
+"""Learning-rate schedules as functions of step / steps: their windows scale with m_S by design."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from megatron_completedp.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """Shape of the learning rate over a run; every module follows it with its own peak and floor."""
+    """Shape of the learning rate over a run; each module follows it with its own peak and floor."""
 
     kind: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
     """cosine and linear decay to the floor; wsd holds the peak, then decays linearly."""

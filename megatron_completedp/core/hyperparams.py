@@ -1,0 +1,362 @@
+"""From base hyperparameters and ratios to the numbers every (module, layer) trains with."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from functools import cached_property
+from types import MappingProxyType
+from typing import Any
+
+from megatron_completedp.core.monomial import HALF, Monomial
+from megatron_completedp.core.multipliers import DepthProfiles, Multipliers
+from megatron_completedp.core.ratios import Ratios
+from megatron_completedp.core.roles import GAIN_ROLES, MODULE_ROLES, OUTSIDE_STACK, Module, Role
+from megatron_completedp.core.shape import ModelShape
+from megatron_completedp.core.tables import Rules, Table, build_table
+from megatron_completedp.errors import ConfigError, HyperparamError
+
+#: From this (1 - beta) * kappa on, the linear beta rule gives way to beta^kappa (rules, section 2).
+BETA_FALLBACK = 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseHyperparams:
+    """The values tuned at the base shape."""
+
+    lr: float
+    """Peak learning rate."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay (PyTorch convention) of matrices."""
+    gain_weight_decay: float = 0.0
+    """Decoupled weight decay of norm gains; normally none."""
+    eps: float = 1e-8
+    """Adam's eps."""
+    beta1: float = 0.9
+    """Decay of Adam's first moment."""
+    beta2: float = 0.95
+    """Decay of Adam's second moment."""
+    embedding_init_std: float = 0.02
+    """Standard deviation of the initial embedding."""
+    hidden_init_std: float = 0.02
+    """Standard deviation of the initial hidden weights."""
+    unembedding_init_std: float = 0.02
+    """Standard deviation of the initial unembedding."""
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            name, value = f"hyperparams.{item.name}", getattr(self, item.name)
+            if item.name in ("beta1", "beta2"):
+                if not 0 < value < 1:
+                    raise ConfigError(f"{name} is {value}; expected a value in (0, 1).")
+            elif item.name in ("weight_decay", "gain_weight_decay"):
+                if not 0 <= value < math.inf:
+                    raise ConfigError(f"{name} is {value}; expected 0 or more.")
+            elif not 0 < value < math.inf:
+                raise ConfigError(f"{name} is {value}; expected a positive number.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Factors:
+    """One number explained: base * type * depth * m_N * m_L * m_B * m_D, in that order."""
+
+    base: float
+    type: float = 1.0
+    """The module type's multiplier."""
+    depth: float = 1.0
+    """The depth profile's multiplier at this layer."""
+    m_N: float = 1.0
+    m_L: float = 1.0
+    m_B: float = 1.0
+    m_D: float = 1.0
+    rule: str = "1"
+    """The table's cell as a formula."""
+
+    @property
+    def tuned(self) -> float:
+        """The value at the base shape: base * type * depth."""
+        return self.base * self.type * self.depth
+
+    @property
+    def value(self) -> float:
+        """The product; bit for bit `base` where every factor is 1."""
+        return self.tuned * self.m_N * self.m_L * self.m_B * self.m_D
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResolvedHyperparams:
+    """What one module in one layer trains with, and where each number comes from."""
+
+    module: Module
+    layer: int | None
+    """Layer from 0; None outside the stack."""
+    role: Role
+    lr: float
+    """Peak learning rate."""
+    weight_decay: float
+    eps: float
+    beta1: float
+    beta2: float
+    init_std: float | None
+    """None for gains, which start at 1."""
+    factors: Mapping[str, Factors]
+    """By hyperparameter: lr, weight_decay, eps, one_minus_beta1, one_minus_beta2, init_std."""
+
+    @property
+    def optimizer_values(self) -> tuple[float, float, float, float, float]:
+        """(lr, weight_decay, eps, beta1, beta2): equal tuples may share a parameter group."""
+        return (self.lr, self.weight_decay, self.eps, self.beta1, self.beta2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResidualMultiplier:
+    """h <- h + multiplier * F(norm(h)) for the two branches of one layer (from 0)."""
+
+    layer: int
+    attention: float
+    mlp: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resolved:
+    """Every number a run trains with. `resolve` builds it; plan, logs and checkpoints carry it."""
+
+    rules: Rules
+    ratios: Ratios
+    modules: tuple[ResolvedHyperparams, ...]
+    residual: tuple[ResidualMultiplier, ...]
+    logit_multiplier: float
+    notes: tuple[str, ...]
+    """Where a documented fallback replaced a rule."""
+
+    def get(self, module: Module, layer: int | None) -> ResolvedHyperparams:
+        """The entry of one module; `layer` is None outside the stack. KeyError if absent."""
+        return self._index[module, layer]
+
+    @cached_property
+    def _index(self) -> dict[tuple[Module, int | None], ResolvedHyperparams]:
+        return {(entry.module, entry.layer): entry for entry in self.modules}
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain data with the field names of the `plan --json` schema."""
+        return {
+            "parametrization": self.rules.parametrization,
+            "depth_alpha": self.rules.depth_alpha,
+            "duration_exponent": self.rules.duration_exponent,
+            "final_norm_eps": self.rules.final_norm_eps,
+            "depth_weight_decay": self.rules.depth_weight_decay,
+            "ratios": asdict(self.ratios),
+            "modules": [
+                {
+                    "module": entry.module.value,
+                    "layer": entry.layer,
+                    "role": entry.role.value,
+                    "lr": entry.lr,
+                    "weight_decay": entry.weight_decay,
+                    "eps": entry.eps,
+                    "beta1": entry.beta1,
+                    "beta2": entry.beta2,
+                    "init_std": entry.init_std,
+                    "factors": {name: vars(f) for name, f in entry.factors.items()},
+                }
+                for entry in self.modules
+            ],
+            "residual": [asdict(entry) for entry in self.residual],
+            "logit_multiplier": self.logit_multiplier,
+            "notes": list(self.notes),
+        }
+
+    @property
+    def sha256(self) -> str:
+        """Hash of every number above: equal hashes train with equal hyperparameters."""
+        text = json.dumps(self.as_json(), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def resolve(
+    shape: ModelShape,
+    ratios: Ratios,
+    rules: Rules,
+    base: BaseHyperparams,
+    multipliers: Multipliers | None = None,
+) -> Resolved:
+    """Resolve the hyperparameters of every (module, layer) of a model of `shape`.
+
+    value = base * type[module] * depth[layer] * cell[role](ratios)   (rules, section 4).
+
+    Raises ConfigError for tied embeddings under rules that treat the two ends apart and for
+    multipliers of modules the model lacks, HyperparamError for a beta that leaves (0, 1).
+    """
+    multipliers = multipliers or Multipliers()
+    table = build_table(rules)
+    _check_tied(shape, table, base)
+    _check_modules(shape, multipliers)
+    resolver = _Resolver(
+        rules=rules,
+        ratios=ratios,
+        table=table,
+        base=base,
+        multipliers=multipliers,
+        profiles=multipliers.depth.to_depth(shape.num_layers),
+    )
+    entries = tuple(
+        resolver.module(module, layer)
+        for module in shape.modules
+        for layer in ((None,) if module in OUTSIDE_STACK else range(shape.num_layers))
+    )
+    return Resolved(
+        rules=rules,
+        ratios=ratios,
+        modules=entries,
+        residual=tuple(resolver.residual(layer) for layer in range(shape.num_layers)),
+        logit_multiplier=table.logit_multiplier.at(
+            ratios, rules.depth_alpha, rules.duration_exponent
+        ),
+        notes=tuple(dict.fromkeys(note for e in entries for note in _beta_notes(e))),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Resolver:
+    """The inputs of `resolve`, held once for all modules."""
+
+    rules: Rules
+    ratios: Ratios
+    table: Table
+    base: BaseHyperparams
+    multipliers: Multipliers
+    profiles: DepthProfiles
+    """Already at the target's depth."""
+
+    def module(self, module: Module, layer: int | None) -> ResolvedHyperparams:
+        role = MODULE_ROLES[module]
+        row, base = self.table.rows[role], self.base
+        decay = base.gain_weight_decay if role in GAIN_ROLES else base.weight_decay
+        cells = {
+            "lr": (base.lr, "lr_mult", row.lr),
+            "weight_decay": (decay, "weight_decay_mult", row.weight_decay),
+            "eps": (base.eps, "eps_mult", row.eps),
+            "one_minus_beta1": (1 - base.beta1, "one_minus_beta1_mult", self.table.one_minus_beta),
+            "one_minus_beta2": (1 - base.beta2, "one_minus_beta2_mult", self.table.one_minus_beta),
+        }
+        if row.init_variance is not None:
+            std = {
+                Role.EMBEDDING: base.embedding_init_std,
+                Role.UNEMBEDDING: base.unembedding_init_std,
+            }.get(role, base.hidden_init_std)
+            cells["init_std"] = (std, "init_std_mult", row.init_variance**HALF)
+        factors = {
+            name: self._factors(value, mult, module, layer, cell)
+            for name, (value, mult, cell) in cells.items()
+        }
+        return ResolvedHyperparams(
+            module=module,
+            layer=layer,
+            role=role,
+            lr=factors["lr"].value,
+            weight_decay=factors["weight_decay"].value,
+            eps=factors["eps"].value,
+            beta1=_beta(f"beta1 of {module}", base.beta1, factors["one_minus_beta1"]),
+            beta2=_beta(f"beta2 of {module}", base.beta2, factors["one_minus_beta2"]),
+            init_std=factors["init_std"].value if "init_std" in factors else None,
+            factors=MappingProxyType(factors),
+        )
+
+    def residual(self, layer: int) -> ResidualMultiplier:
+        rule = self.table.residual_multiplier.at(
+            self.ratios, self.rules.depth_alpha, self.rules.duration_exponent
+        )
+        return ResidualMultiplier(
+            layer=layer,
+            attention=self.multipliers.attention_residual_mult
+            * self.profiles.factor("attention_residual_mult", layer)
+            * rule,
+            mlp=self.multipliers.mlp_residual_mult
+            * self.profiles.factor("mlp_residual_mult", layer)
+            * rule,
+        )
+
+    def _factors(
+        self, base: float, mult: str, module: Module, layer: int | None, cell: Monomial
+    ) -> Factors:
+        rules = self.rules
+        return Factors(
+            base=base,
+            type=getattr(self.multipliers.of(module), mult),
+            depth=self.profiles.factor(mult, layer),
+            rule=str(cell),
+            **cell.factors(self.ratios, rules.depth_alpha, rules.duration_exponent),
+        )
+
+
+def _beta(name: str, base: float, one_minus: Factors) -> float:
+    """Scale a beta: linear rule on 1 - beta, or beta^kappa once that is no longer small.
+
+    The two agree to first order; the linear one is meaningless once (1 - beta) * kappa reaches 1
+    (rules, section 2).
+    """
+    if one_minus.value == one_minus.base:
+        return base  # 1 - (1 - beta) would move the last bit of a beta below 1/2
+    if _uses_power_rule(one_minus):
+        tuned = 1 - one_minus.tuned
+        beta = tuned ** _kappa(one_minus) if 0 < tuned < 1 else tuned
+    else:
+        beta = 1 - one_minus.value
+    if not 0 < beta < 1:
+        raise HyperparamError(
+            f"{name} becomes {beta:g}: 1 - beta = {one_minus.base:g} at the base, times "
+            f"{one_minus.type * one_minus.depth:g} from the multipliers, times "
+            f"{_kappa(one_minus):g} from batch and duration. Expected a value in (0, 1); lower "
+            "the one_minus_beta multiplier or choose a batch and duration nearer to the base's."
+        )
+    return beta
+
+
+def _kappa(one_minus: Factors) -> float:
+    return one_minus.m_N * one_minus.m_L * one_minus.m_B * one_minus.m_D
+
+
+def _uses_power_rule(one_minus: Factors) -> bool:
+    return _kappa(one_minus) != 1 and one_minus.value >= BETA_FALLBACK
+
+
+def _beta_notes(entry: ResolvedHyperparams) -> list[str]:
+    notes = []
+    for name in ("beta1", "beta2"):
+        one_minus = entry.factors[f"one_minus_{name}"]
+        if _uses_power_rule(one_minus):
+            notes.append(
+                f"{name}: (1 - {name}) * kappa = {one_minus.value:.3g} is at least "
+                f"{BETA_FALLBACK}, so {name}^kappa = {getattr(entry, name):.4g} replaces the "
+                f"linear rule (kappa = m_B/m_D = {_kappa(one_minus):g})."
+            )
+    return notes
+
+
+def _check_tied(shape: ModelShape, table: Table, base: BaseHyperparams) -> None:
+    if not shape.tied_embeddings:
+        return
+    if table.rows[Role.EMBEDDING] != table.rows[Role.UNEMBEDDING]:
+        raise ConfigError(
+            "model.tied_embeddings is on, but this parametrization treats the embedding and the "
+            "unembedding differently and one weight cannot follow both rows. Untie them, or use "
+            "completep or sp, whose two rows agree."
+        )
+    if base.embedding_init_std != base.unembedding_init_std:
+        raise ConfigError(
+            f"model.tied_embeddings is on with embedding_init_std {base.embedding_init_std} and "
+            f"unembedding_init_std {base.unembedding_init_std}; one weight has one std. Make them "
+            "equal."
+        )
+
+
+def _check_modules(shape: ModelShape, multipliers: Multipliers) -> None:
+    unknown = [module for module in multipliers.types if module not in shape.modules]
+    if unknown:
+        raise ConfigError(
+            f"multipliers.types names {', '.join(unknown)}, which this model lacks; its modules "
+            f"are {', '.join(shape.modules)}."
+        )
