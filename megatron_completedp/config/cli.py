@@ -1,0 +1,166 @@
+"""Flags over YAML over defaults, merged before anything is checked.
+
+The flags are generated from the config dataclasses: `--section.field-name` with the field's
+docstring as help, and Megatron's flat name where it has one. Per-module factors
+(`multipliers.types`) are found by the search and come from YAML alone.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, make_dataclass
+from typing import Annotated, Any, Literal, TypedDict, TypeVar, get_args, get_origin
+
+import tyro
+
+from megatron_completedp.config.load import build, read_yaml
+from megatron_completedp.config.run import RunConfig
+from megatron_completedp.config.schema import Entry, keys
+from megatron_completedp.errors import CompletedPError
+
+E = TypeVar("E")
+
+#: Megatron-LM's flat flags for our fields. Scripts that drive Megatron work unchanged with these.
+MEGATRON_FLAGS: dict[str, str] = {
+    "model.num_layers": "--num-layers",
+    "model.hidden_size": "--hidden-size",
+    "model.ffn_hidden_size": "--ffn-hidden-size",
+    "model.num_attention_heads": "--num-attention-heads",
+    "model.num_query_groups": "--num-query-groups",
+    "model.head_dim": "--kv-channels",
+    "model.seq_length": "--seq-length",
+    "model.vocab_size": "--vocab-size",
+    "model.vocab_multiple": "--make-vocab-size-divisible-by",
+    "model.rotary_base": "--rotary-base",
+    "model.norm_epsilon": "--norm-epsilon",
+    "parallel.tensor_model_parallel_size": "--tensor-model-parallel-size",
+    "parallel.pipeline_model_parallel_size": "--pipeline-model-parallel-size",
+    "parallel.virtual_pipeline_model_parallel_size": "--virtual-pipeline-model-parallel-size",
+    "parallel.sequence_parallel": "--sequence-parallel",
+    "parallel.use_distributed_optimizer": "--use-distributed-optimizer",
+    "parallel.overlap_grad_reduce": "--overlap-grad-reduce",
+    "parallel.overlap_param_gather": "--overlap-param-gather",
+    "training.micro_batch_size": "--micro-batch-size",
+    "training.global_batch_size": "--global-batch-size",
+    "training.train_steps": "--train-iters",
+    "training.clip_grad": "--clip-grad",
+    "hyperparams.lr": "--lr",
+    "hyperparams.weight_decay": "--weight-decay",
+    "hyperparams.beta1": "--adam-beta1",
+    "hyperparams.beta2": "--adam-beta2",
+    "hyperparams.eps": "--adam-eps",
+    "schedule.kind": "--lr-decay-style",
+    "schedule.warmup_fraction": "--lr-warmup-fraction",
+    "evaluation.interval": "--eval-interval",
+    "checkpoint.interval": "--save-interval",
+    "logging.interval": "--log-interval",
+}
+
+_METAVARS = {int: "INT", float: "FLOAT", str: "TEXT"}
+
+
+def load_run(
+    argv: Sequence[str], *, prog: str, description: str, extra: type[E]
+) -> tuple[RunConfig, E]:
+    """The run that `--config` and the flags in `argv` describe, and the command's own flags.
+
+    `extra` is a dataclass with the command's own flags. A flag overrides the YAML's value, which
+    overrides the default; only the merged whole is checked. Usage errors and `--help` leave through
+    SystemExit (2 and 0); a bad value raises ConfigError.
+    """
+    arguments = make_dataclass(
+        "Arguments",
+        [
+            ("config", Annotated[str | None, _CONFIG_FLAG], None),
+            ("extra", Annotated[extra, tyro.conf.arg(name="")], MISSING),
+            ("run", Annotated[_flags(RunConfig), tyro.conf.arg(name="")], MISSING),
+        ],
+        kw_only=True,
+    )
+    given: Any = tyro.cli(arguments, prog=prog, description=description, args=list(argv))
+    tree = {} if given.config is None else read_yaml(given.config)
+    return build(RunConfig, merge(tree, given.run)), given.extra
+
+
+def merge(tree: Mapping[str, Any], flags: Mapping[str, Any]) -> dict[str, Any]:
+    """A new tree: `tree` with the values in `flags` put over it, section by section."""
+    merged = dict(tree)
+    for key, value in flags.items():
+        below = merged.get(key)
+        if not isinstance(value, Mapping):
+            merged[key] = value
+        # A section of the wrong type stays, for `build` to name.
+        elif value and (below is None or isinstance(below, Mapping)):
+            merged[key] = merge(below or {}, value)
+    return merged
+
+
+def run_command(command: Callable[[Sequence[str]], int]) -> int:
+    """Run `command` on the process's arguments and return its exit code.
+
+    A CompletedPError becomes one message on stderr and the error's own exit code; anything else is
+    a defect and keeps its traceback.
+    """
+    try:
+        return command(sys.argv[1:])
+    except CompletedPError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+
+
+def _flags(section: type, prefix: str = "") -> Any:
+    """A TypedDict type with one optional key per field of `section`; nested for its sections.
+
+    total=False is what tells a flag that was given from one that was not.
+    """
+    found: dict[str, Any] = {}
+    for entry in keys(section):
+        path = prefix + entry.name
+        if entry.is_section:
+            nested = _flags(entry.annotation, f"{path}.")
+            found[entry.name] = Annotated[nested, tyro.conf.arg(help=entry.doc)]
+        elif get_origin(entry.annotation) in (None, Literal, tuple):
+            found[entry.name] = _flag(entry, path)
+    # Built at run time, which type checkers have no notion of.
+    return TypedDict(section.__name__, found, total=False)  # type: ignore[operator]
+
+
+def _flag(entry: Entry, path: str) -> Any:
+    """The annotated type of one flag.
+
+    Numbers are taken as text and converted with the YAML's rules, so that 1.6e9 tokens or 3e-3 mean
+    the same in both places and a mistake gets the same message.
+    """
+    kind, metavar = entry.annotation, None
+    if get_origin(kind) is tuple:
+        metavar = f"[{_METAVARS[get_args(kind)[0]]} ...]"
+        kind = tuple[str, ...]
+    elif kind in _METAVARS:
+        metavar = _METAVARS[kind] + (" | None" if entry.optional else "")
+        kind = str | None if entry.optional else str
+    alias = MEGATRON_FLAGS.get(path)
+    return Annotated[
+        kind,
+        tyro.conf.arg(
+            help=entry.doc,
+            metavar=metavar,
+            aliases=[alias] if alias else None,
+            help_behavior_hint=_default_text(entry),
+        ),
+    ]
+
+
+def _default_text(entry: Entry) -> str:
+    if entry.default is MISSING:
+        return "(required)"
+    if entry.default in (None, ()):
+        return ""
+    return f"(default: {entry.default})"
+
+
+_CONFIG_FLAG = tyro.conf.arg(
+    metavar="PATH",
+    help="YAML file of the run; flags override its values.",
+    help_behavior_hint="",
+)

@@ -1,0 +1,246 @@
+"""Strict YAML to frozen dataclasses and back. No inheritance, no interpolation, no surprises.
+
+The steps are read (YAML to plain mappings), build (mappings to dataclasses, by annotation) and, for
+the run folder, write (dataclasses to YAML that builds to an equal config).
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import MISSING, is_dataclass
+from enum import StrEnum
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Literal, TypeVar, get_args, get_origin
+
+import yaml
+
+from megatron_completedp.config.run import RunConfig
+from megatron_completedp.config.schema import entries, keys, leaf_paths
+from megatron_completedp.errors import ConfigError
+
+T = TypeVar("T")
+
+#: Where and how often, not what: two runs that differ only here make the same updates.
+NOT_THE_RUN = (
+    "run_dir",
+    "parallel",
+    "training.micro_batch_size",
+    "training.device",
+    "evaluation",
+    "data.cache_dir",
+    "checkpoint",
+    "logging",
+)
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """SafeLoader that refuses a key given twice, which plain YAML silently overwrites."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            line = key_node.start_mark.line + 1
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                raise ConfigError(
+                    f"line {line}: merge keys (<<) are not supported; a run is one plain file. "
+                    "Write the values out."
+                )
+            if key_node.value in seen:
+                raise ConfigError(f"line {line}: {key_node.value!r} is given twice; remove one.")
+            if isinstance(key_node, yaml.ScalarNode):
+                seen.add(key_node.value)
+        return super().construct_mapping(node, deep=deep)
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The mapping in the YAML file at `path`, unchecked but for duplicate keys."""
+    try:
+        tree = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_StrictLoader)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read the config {path}: {error}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    except ConfigError as error:
+        raise ConfigError(f"{path}, {error}") from error
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} holds {_show(tree)}; expected a mapping of sections.")
+    return tree
+
+
+def load_config(path: str | Path) -> RunConfig:
+    """The run in the YAML file at `path`. Raises ConfigError naming the key at fault."""
+    return build(RunConfig, read_yaml(path))
+
+
+def build(cls: type[T], tree: object, path: str = "") -> T:
+    """An instance of the config dataclass `cls` from plain mappings, lists and scalars.
+
+    `path` is where `tree` stands in the file, for messages. Raises ConfigError for unknown keys,
+    missing keys and wrong types; the dataclass itself then checks the values.
+    """
+    if not isinstance(tree, Mapping):
+        raise ConfigError(
+            f"{path} is {_show(tree)}; expected a section with keys "
+            f"{', '.join(entry.name for entry in keys(cls))}. Remove it to get the defaults."
+        )
+    names = [entry.name for entry in keys(cls)]
+    for key in tree:
+        if key not in names:
+            raise ConfigError(_unknown_key(str(key), names, path))
+    values, missing = {}, []
+    for entry in entries(cls):
+        where = _join(path, entry.name)
+        if entry.inline:
+            own = {key.name for key in keys(entry.annotation)}
+            part = {name: value for name, value in tree.items() if name in own}
+            values[entry.name] = build(entry.annotation, part, path)
+        elif entry.name in tree:
+            value = tree[entry.name]
+            if value is None and entry.optional:
+                values[entry.name] = None
+            else:
+                values[entry.name] = _convert(entry.annotation, value, where)
+        elif entry.default is MISSING and entry.is_section:
+            values[entry.name] = build(entry.annotation, {}, where)
+        elif entry.default is MISSING:
+            missing.append(f"{where} ({entry.doc.rstrip('.')})")
+    if missing:
+        raise ConfigError(f"missing: {'; '.join(missing)}. Add to the YAML or give as flags.")
+    return cls(**values)
+
+
+def to_tree(config: object) -> dict[str, Any]:
+    """The plain mappings, lists and scalars from which `build` makes an equal config."""
+    tree: dict[str, Any] = {}
+    for entry in entries(type(config)):
+        value = getattr(config, entry.name)
+        if entry.inline:
+            tree.update(to_tree(value))
+        else:
+            tree[entry.name] = _plain(value)
+    return tree
+
+
+def to_yaml(config: RunConfig) -> str:
+    """YAML with every value of `config` written out; loading it gives an equal config."""
+    return str(yaml.safe_dump(to_tree(config), sort_keys=False))
+
+
+def config_hash(config: RunConfig) -> str:
+    """sha256 over what decides the sequence of updates: everything but NOT_THE_RUN."""
+    tree = to_tree(config)
+    for path in NOT_THE_RUN:
+        *sections, name = path.split(".")
+        parent = tree
+        for section in sections:
+            parent = parent[section]
+        del parent[name]
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
+
+
+def _convert(annotation: Any, value: object, path: str) -> Any:
+    """`value` as `annotation` asks, or a ConfigError naming path, value and expected type."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if is_dataclass(annotation):
+        return build(annotation, value, path)  # type: ignore[arg-type]
+    if origin is Literal:
+        if isinstance(value, str) and value in arguments:
+            return value
+        raise _wrong(path, value, f"one of {', '.join(arguments)}")
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise _wrong(path, value, "a list")
+        return tuple(
+            _convert(arguments[0], item, f"{path}[{index}]") for index, item in enumerate(value)
+        )
+    if isinstance(origin, type) and issubclass(origin, Mapping):
+        return _convert_mapping(arguments[0], arguments[1], value, path)
+    return _convert_scalar(annotation, value, path)
+
+
+def _convert_mapping(
+    key_type: type[StrEnum], value_type: type, value: object, path: str
+) -> Mapping[StrEnum, Any]:
+    if not isinstance(value, Mapping):
+        raise _wrong(path, value, "a mapping")
+    names = [str(member) for member in key_type]
+    for key in value:
+        if key not in names:
+            raise ConfigError(_unknown_key(str(key), names, path))
+    return MappingProxyType(
+        {
+            key_type(key): _convert(value_type, item, _join(path, str(key)))
+            for key, item in value.items()
+        }
+    )
+
+
+def _convert_scalar(kind: type, value: object, path: str) -> bool | int | float | str:
+    if kind is bool:
+        if isinstance(value, bool):
+            return value
+        raise _wrong(path, value, "true or false")
+    if kind is str:
+        if isinstance(value, str):
+            return value
+        raise _wrong(path, value, "text (quote it if it is meant as text)")
+    number = _number(value)
+    if kind is int:
+        if number is not None and number == int(number):
+            return int(number)
+        raise _wrong(path, value, "a whole number")
+    assert kind is float, f"config field {path} has an unsupported type {kind}"
+    if number is not None:
+        return float(number)
+    raise _wrong(path, value, "a finite number")
+
+
+def _number(value: object) -> int | float | None:
+    """A finite number, also from text: YAML 1.1 reads 3e-3 and 1.6e9 as strings."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    for kind in (int, float):
+        try:
+            number = kind(value) if isinstance(value, str) else value
+        except ValueError:
+            continue
+        return number if math.isfinite(number) else None
+    return None
+
+
+def _plain(value: object) -> Any:
+    if is_dataclass(value):
+        return to_tree(value)
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _unknown_key(key: str, names: list[str], path: str) -> str:
+    """The message for a key that is not among `names` of the section at `path`."""
+    near = [_join(path, name) for name in difflib.get_close_matches(key, names)]
+    # A right name in the wrong section is as common as a misspelt one.
+    near += [leaf for leaf in leaf_paths(RunConfig) if leaf.split(".")[-1] == key]
+    hint = f"did you mean {' or '.join(near)}?" if near else f"expected one of {', '.join(names)}."
+    return f"unknown key {_join(path, key)}; {hint}"
+
+
+def _wrong(path: str, value: object, expected: str) -> ConfigError:
+    return ConfigError(f"{path} is {_show(value)}; expected {expected}.")
+
+
+def _show(value: object) -> str:
+    return "null" if value is None else f"{value!r} ({type(value).__name__})"
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name

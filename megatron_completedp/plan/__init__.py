@@ -1,0 +1,1 @@
+"""What a run will train with and cost, without running it. Imports neither torch nor megatron."""

@@ -1,0 +1,68 @@
+"""`python -m megatron_completedp.plan`: every number of a run, and why, without running it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_completedp.config.cli import load_run, run_command
+from megatron_completedp.core.budget import Budget, budget
+from megatron_completedp.core.hyperparams import Resolved, resolve
+from megatron_completedp.core.render import render_plan
+
+PROG = "python -m megatron_completedp.plan"
+DESCRIPTION = """\
+Print what a run will train with: for every module the base value, each factor on it (type, depth
+profile, m_N, m_L, m_B, m_D) and the result, then the residual multipliers and the budget. Needs
+neither torch nor a GPU.
+
+Example:
+  python -m megatron_completedp.plan --config run.yaml --num-layers 48 --json
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanFlags:
+    """Flags of this command alone."""
+
+    json: bool = False
+    """Print one JSON object instead of tables."""
+
+
+def plan_json(resolved: Resolved, run_budget: Budget) -> dict[str, Any]:
+    """The plan as plain data; its keys are an interface that scripts read.
+
+    `modules` has one entry per module and layer (`layer` is null outside the stack), `residual` one
+    per layer, `flops` is 6 x parameters x tokens.
+    """
+    numbers = resolved.as_json()
+    kept = ("parametrization", "depth_alpha", "ratios", "modules", "residual")
+    return {
+        **{key: numbers[key] for key in kept},
+        "parameters": run_budget.parameters,
+        "flops": run_budget.flops,
+        "steps": run_budget.steps,
+    }
+
+
+def main(argv: Sequence[str]) -> int:
+    """Resolve the run that `argv` describes and print it. Returns the exit code."""
+    config, flags = load_run(argv, prog=PROG, description=DESCRIPTION, extra=PlanFlags)
+    resolved = resolve(
+        config.model, config.ratios, config.rules, config.hyperparams, config.multipliers
+    )
+    run_budget = budget(
+        config.model, batch_tokens=config.batch_tokens, train_tokens=config.train_tokens
+    )
+    if flags.json:
+        print(json.dumps(plan_json(resolved, run_budget), indent=2))
+    else:
+        print(render_plan(resolved, run_budget))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))
