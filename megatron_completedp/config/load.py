@@ -10,7 +10,7 @@ import difflib
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, is_dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -94,25 +94,19 @@ def build(cls: type[T], tree: object, path: str = "") -> T:
     for key in tree:
         if key not in names:
             raise ConfigError(_unknown_key(str(key), names, path))
-    values, missing = {}, []
+    missing = list(_missing(cls, tree, path))
+    if missing:
+        raise ConfigError(f"missing: {'; '.join(missing)}. Add to the YAML or give as flags.")
+    values = {}
     for entry in entries(cls):
-        where = _join(path, entry.name)
         if entry.inline:
             own = {key.name for key in keys(entry.annotation)}
             part = {name: value for name, value in tree.items() if name in own}
             values[entry.name] = build(entry.annotation, part, path)
         elif entry.name in tree:
-            value = tree[entry.name]
-            if value is None and entry.optional:
-                values[entry.name] = None
-            else:
-                values[entry.name] = _convert(entry.annotation, value, where)
-        elif entry.default is MISSING and entry.is_section:
-            values[entry.name] = build(entry.annotation, {}, where)
-        elif entry.default is MISSING:
-            missing.append(f"{where} ({entry.doc.rstrip('.')})")
-    if missing:
-        raise ConfigError(f"missing: {'; '.join(missing)}. Add to the YAML or give as flags.")
+            value, where = tree[entry.name], _join(path, entry.name)
+            null = value is None and entry.optional
+            values[entry.name] = None if null else _convert(entry.annotation, value, where)
     return cls(**values)
 
 
@@ -143,6 +137,18 @@ def config_hash(config: RunConfig) -> str:
             parent = parent[section]
         del parent[name]
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
+
+
+def _missing(cls: type, tree: Mapping[str, Any], path: str) -> Iterator[str]:
+    """The required fields that `tree` lacks, with those of whole sections that it lacks."""
+    for entry in keys(cls):
+        where = _join(path, entry.name)
+        if entry.name in tree or entry.default is not MISSING:
+            continue
+        if entry.is_section:
+            yield from _missing(entry.annotation, {}, where)
+        else:
+            yield f"{where} ({entry.doc.rstrip('.')})"
 
 
 def _convert(annotation: Any, value: object, path: str) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from fractions import Fraction
+from textwrap import wrap
 
 from megatron_completedp.core.budget import Budget
 from megatron_completedp.core.hyperparams import Factors, Resolved, ResolvedHyperparams
@@ -23,6 +24,9 @@ ROLE_TITLES = {
     Role.UNEMBEDDING: "unembedding weight",
     Role.UNEMBEDDING_BIAS: "unembedding bias",
 }
+
+#: Characters of the module names in an explanation, so that its rows stay within 120 columns.
+MODULES_WIDTH = 36
 
 FACTOR_COLUMNS = ("base", "type", "depth", "m_N", "m_L", "m_B", "m_D")
 
@@ -90,8 +94,8 @@ def render_plan(resolved: Resolved, budget: Budget) -> str:
         f"m_B {ratios.m_B:g} (batch)   m_D {ratios.m_D:g} (duration)   "
         f"m_S {ratios.m_S:g} (steps)",
         f"{budget.parameters:,} parameters ({budget.embedding_parameters:,} in the embeddings)   "
-        f"{budget.train_tokens:,} tokens in {budget.steps:,} steps of {budget.batch_tokens:,}   "
         f"{budget.flops:.3g} FLOPs (6 N D)",
+        f"{budget.train_tokens:,} tokens in {budget.steps:,} steps of {budget.batch_tokens:,}",
     ]
     parts = ["\n".join(head), _summary(resolved), _residual(resolved)]
     parts += [_explanation(resolved, name) for name in HYPERPARAM_TITLES]
@@ -128,13 +132,23 @@ def _residual(resolved: Resolved) -> str:
 def _explanation(resolved: Resolved, name: str) -> str:
     def cells(factors: Factors) -> tuple[str, ...]:
         columns = [_number(getattr(factors, column)) for column in FACTOR_COLUMNS]
-        return (factors.rule, *columns, _number(factors.value))
+        return (*columns, _number(factors.value))
 
-    entries = (
-        (entry, cells(entry.factors[name])) for entry in resolved.modules if name in entry.factors
-    )
-    header = ["modules", "layers", "rule", *FACTOR_COLUMNS, "= value"]
-    table = text_table(header, _grouped(entries, merge_modules=True), left=3)
+    by_rule: dict[str, list[tuple[ResolvedHyperparams, tuple[str, ...]]]] = {}
+    for entry in resolved.modules:
+        if name in entry.factors:
+            factors = entry.factors[name]
+            by_rule.setdefault(factors.rule, []).append((entry, cells(factors)))
+    header = ["modules", "layers", *FACTOR_COLUMNS, "= value"]
+    rows = []
+    for rule, entries in by_rule.items():
+        rows.append([f"x {rule}"] + [""] * (len(header) - 1))
+        for modules, *rest in _grouped(entries, merge_modules=True):
+            # Wrapped, or a row that holds for every module would not fit a terminal.
+            first, *more = wrap(modules, MODULES_WIDTH)
+            rows.append([f"  {first}", *rest])
+            rows += [[f"  {line}"] + [""] * (len(header) - 1) for line in more]
+    table = text_table(header, rows, left=2)
     return f"{HYPERPARAM_TITLES[name]}\n{table}"
 
 

@@ -9,9 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_completedp.config.cli import load_run, run_command
-from megatron_completedp.core.budget import Budget, budget
-from megatron_completedp.core.hyperparams import Resolved, resolve
-from megatron_completedp.core.render import render_plan
+from megatron_completedp.plan.run_plan import Plan
 
 PROG = "python -m megatron_completedp.plan"
 DESCRIPTION = """\
@@ -32,35 +30,30 @@ class PlanFlags:
     """Print one JSON object instead of tables."""
 
 
-def plan_json(resolved: Resolved, run_budget: Budget) -> dict[str, Any]:
+def plan_json(plan: Plan) -> dict[str, Any]:
     """The plan as plain data; its keys are an interface that scripts read.
 
     `modules` has one entry per module and layer (`layer` is null outside the stack), `residual` one
     per layer, `flops` is 6 x parameters x tokens.
     """
-    numbers = resolved.as_json()
+    numbers = plan.resolved.as_json()
     kept = ("parametrization", "depth_alpha", "ratios", "modules", "residual")
     return {
         **{key: numbers[key] for key in kept},
-        "parameters": run_budget.parameters,
-        "flops": run_budget.flops,
-        "steps": run_budget.steps,
+        "parameters": plan.budget.parameters,
+        "flops": plan.budget.flops,
+        "steps": plan.budget.steps,
     }
 
 
 def main(argv: Sequence[str]) -> int:
     """Resolve the run that `argv` describes and print it. Returns the exit code."""
     config, flags = load_run(argv, prog=PROG, description=DESCRIPTION, extra=PlanFlags)
-    resolved = resolve(
-        config.model, config.ratios, config.rules, config.hyperparams, config.multipliers
-    )
-    run_budget = budget(
-        config.model, batch_tokens=config.batch_tokens, train_tokens=config.train_tokens
-    )
+    plan = Plan.of(config)
     if flags.json:
-        print(json.dumps(plan_json(resolved, run_budget), indent=2))
+        print(json.dumps(plan_json(plan)))
     else:
-        print(render_plan(resolved, run_budget))
+        print(plan)
     return 0
 
 
