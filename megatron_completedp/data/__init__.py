@@ -1,0 +1,1 @@
+"""From JSONL text to the token files that training reads. Imports neither torch nor megatron."""

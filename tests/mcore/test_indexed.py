@@ -1,0 +1,77 @@
+"""Our token files and tokenizer against megatron-core's own writer and readers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
+
+from megatron_completedp.data.indexed import bin_path, check_pair, idx_path, open_indexed
+from megatron_completedp.data.prepare import prepare
+from megatron_completedp.data.tokenizer import train_sentencepiece
+
+
+def documents(vocab_size: int) -> list[list[int]]:
+    """40 documents of 1 to 60 ids, the largest id of the vocabulary among them."""
+    rng = np.random.default_rng(0)
+    sizes = rng.integers(1, 61, size=40)
+    return [*(rng.integers(0, vocab_size, size=size).tolist() for size in sizes), [vocab_size - 1]]
+
+
+@pytest.mark.parametrize("vocab_size", [300, 65_499, 65_500, 128_000])
+def test_same_bytes_as_megatrons_builder(tmp_path: Path, vocab_size: int) -> None:
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    builder = IndexedDatasetBuilder(str(bin_path(theirs)), dtype=DType.optimal_dtype(vocab_size))
+    with open_indexed(ours, vocab_size) as writer:
+        for ids in documents(vocab_size):
+            writer.add_document(ids)
+            builder.add_document(torch.tensor(ids), [len(ids)])
+    builder.finalize(str(idx_path(theirs)))
+    assert bin_path(ours).read_bytes() == bin_path(theirs).read_bytes()
+    assert idx_path(ours).read_bytes() == idx_path(theirs).read_bytes()
+    assert check_pair(theirs).tokens == sum(map(len, documents(vocab_size)))
+
+
+def test_a_document_of_several_sequences_passes_the_check(tmp_path: Path) -> None:
+    """Megatron's tool can split documents into sentences; we only read such pairs."""
+    builder = IndexedDatasetBuilder(str(tmp_path / "split.bin"), dtype=np.uint16)
+    builder.add_document(torch.arange(7), [3, 4])
+    builder.add_document(torch.arange(2), [2])
+    builder.finalize(str(tmp_path / "split.idx"))
+    summary = check_pair(tmp_path / "split")
+    assert (summary.documents, summary.sequences, summary.tokens) == (2, 3, 9)
+
+
+def test_megatrons_dataset_takes_the_pair_and_the_tokenizer(tmp_path: Path) -> None:
+    corpus = tmp_path / "corpus.jsonl"
+    corpus.write_text('{"text": "a ladder of widths and depths, one run at every rung"}\n' * 30)
+    tokenizer = train_sentencepiece([corpus], 290, tmp_path / "tokenizer.model")
+    prefix = tmp_path / "train"
+    summary = prepare([corpus], tokenizer, prefix)
+    config = GPTDatasetConfig(
+        random_seed=1,
+        sequence_length=16,
+        blend=([str(prefix)], None),
+        split="1,0,0",
+        path_to_cache=str(tmp_path / "cache"),
+        tokenizer=tokenizer,
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=False,
+        create_attention_mask=False,
+    )
+    train, *_ = BlendedMegatronDatasetBuilder(GPTDataset, [8, 0, 0], lambda: True, config).build()
+    stored = IndexedDataset(str(prefix))
+    assert len(stored) == summary.documents == 30
+    document = stored[0]
+    assert tokenizer.decode(document[:-1].tolist()).startswith("a ladder of widths")
+    assert document[-1] == tokenizer.eod
+    for i in range(8):
+        tokens, labels, loss_mask = (train[i][key] for key in ("tokens", "labels", "loss_mask"))
+        assert torch.equal(tokens[1:], labels[:-1])
+        assert loss_mask.all(), "no token is taken for padding, the end of document included"
