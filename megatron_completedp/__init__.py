@@ -1,3 +1,3 @@
-"""Complete(d)P on Megatron-Core: hyperparameters that transfer across width, depth, batch and duration."""
+"""Complete(d)P on Megatron-Core: tune small, transfer to any width, depth, batch and duration."""
 
 __version__ = "0.1.0"

@@ -76,6 +76,7 @@ def transformer_config(
     """
     check_layout(shape, parallel)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    interleaved = parallel.virtual_pipeline_model_parallel_size is not None
     return TransformerConfig(
         num_layers=shape.num_layers,
         hidden_size=shape.hidden_size,
@@ -96,6 +97,10 @@ def transformer_config(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
+        # Interleaved on two stages, the next and the previous stage are one rank, and a batch of
+        # sends and receives would pair activations with gradients; separate ones keep them apart.
+        overlap_p2p_comm=interleaved,
+        batch_p2p_comm=not interleaved,
         sequence_parallel=parallel.sequence_parallel,
         pipeline_dtype=dtype,
         params_dtype=dtype,

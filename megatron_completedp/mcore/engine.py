@@ -1,0 +1,226 @@
+"""One training step on Megatron: forward and backward in any layout, clipping, update, schedule."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.module import Float16Module
+from megatron.core.utils import unwrap_model
+
+from megatron_completedp.config.run import RunConfig
+from megatron_completedp.core.hyperparams import Resolved
+from megatron_completedp.errors import TrainingDiverged
+from megatron_completedp.mcore.classify import ClassifiedParameter, classify_model
+from megatron_completedp.mcore.init import initialize_parameters
+from megatron_completedp.mcore.model import LanguageModel, build_model
+from megatron_completedp.mcore.optimizer import (
+    build_optimizer,
+    build_scheduler,
+    groups_with_nonfinite_gradients,
+    hyperparam_groups,
+    tag_parameters,
+)
+from megatron_completedp.mcore.platform import Platform
+
+#: A micro batch: `tokens` and `labels`, int64 of shape (micro_batch_size, seq_length).
+Batch = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step reports, equal on every rank."""
+
+    loss: float
+    """Mean cross entropy of the global batch in nats per token, without z-loss."""
+    grad_norm: float
+    """Global gradient norm before clipping."""
+    lr: float
+    """Learning rate of this step as a part of each module's peak."""
+
+
+class Engine:
+    """A model, its optimizer and its schedule, wrapped for the run's layout."""
+
+    def __init__(self, config: RunConfig, resolved: Resolved, platform: Platform) -> None:
+        """Build, initialize and wrap the model of `config`; needs `initialize_parallel`."""
+        self.config = config
+        self.resolved = resolved
+        self.device = platform.device
+        chunks = build_model(
+            config.model,
+            config.parallel,
+            platform=platform,
+            precision=config.training.precision,
+            residual=resolved.residual,
+            logit_multiplier=resolved.logit_multiplier,
+            z_loss=config.training.z_loss,
+        )
+        self.parameters: tuple[ClassifiedParameter, ...] = classify_model(
+            chunks, config.model, config.parallel
+        )
+        initialize_parameters(
+            self.parameters,
+            config.model,
+            lambda module, layer: resolved.get(module, layer).init_std,
+            seed=config.seed,
+        )
+        self.groups = hyperparam_groups(resolved)
+        tag_parameters(self.parameters, self.groups)
+        self.chunks = _wrap(chunks, config)
+        self.optimizer = build_optimizer(
+            self.chunks,
+            self.groups,
+            precision=config.training.precision,
+            clip_grad=config.training.clip_grad,
+            parallel=config.parallel,
+            schedule=config.schedule,
+        )
+        self.scheduler = build_scheduler(self.optimizer, config.schedule, config.steps)
+        self._connect_schedules()
+        self._forward_backward = get_forward_backward_func()
+
+    @property
+    def step(self) -> int:
+        """Finished optimizer steps."""
+        return self.scheduler.num_steps
+
+    def train_step(self, batches: Sequence[Batch]) -> StepResult:
+        """One optimizer step over this rank's micro batches.
+
+        Raises TrainingDiverged, naming the step and the groups with non-finite gradients, when
+        the loss or the gradient norm is not finite; a NaN loss is caught before any weight moves.
+        """
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        loss = self._run(batches, forward_only=False)
+        if not math.isfinite(loss):
+            raise self._diverged(f"the loss is {loss}")
+        lr = self.config.schedule.at(self.step, self.config.steps)
+        _, grad_norm, _ = self.optimizer.step()
+        grad_norm = float(grad_norm)
+        if not math.isfinite(grad_norm):
+            raise self._diverged(f"the gradient norm is {grad_norm} at a loss of {loss:.4f}")
+        self.scheduler.step(1)
+        return StepResult(loss=loss, grad_norm=grad_norm, lr=lr)
+
+    @torch.no_grad()
+    def evaluate(self, batches: Sequence[Batch]) -> float:
+        """Mean cross entropy over `batches` in nats per token, without z-loss."""
+        with self._synchronous_parameters():
+            for chunk in self.chunks:
+                chunk.eval()
+            try:
+                return self._run(batches, forward_only=True)
+            finally:
+                for chunk in self.chunks:
+                    chunk.train()
+
+    def _run(self, batches: Sequence[Batch], *, forward_only: bool) -> float:
+        iterators = [iter(batches) for _ in self.chunks]
+        outputs = self._forward_backward(
+            forward_step_func=self._forward_step,
+            data_iterator=iterators if len(iterators) > 1 else iterators[0],
+            model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
+            num_microbatches=len(batches),
+            seq_length=self.config.model.seq_length,
+            micro_batch_size=self.config.training.micro_batch_size,
+            forward_only=forward_only,
+        )
+        # Only the last stage has losses; the sum over stages hands them to the others.
+        mean = torch.zeros((), device=self.device)
+        if outputs:
+            mean = torch.stack([output["loss"] for output in outputs]).mean()
+        group = parallel_state.get_data_parallel_group()
+        dist.all_reduce(mean, group=group)
+        mean /= dist.get_world_size(group)
+        dist.all_reduce(mean, group=parallel_state.get_pipeline_model_parallel_group())
+        return float(mean)
+
+    def _forward_step(self, batches: Iterator[Batch], model: torch.nn.Module) -> tuple[Any, Any]:
+        batch = next(batches)
+        tokens = batch["tokens"].to(self.device, non_blocking=True)
+        labels = batch["labels"].to(self.device, non_blocking=True)
+        # Rotary embeddings need no position ids and causal attention no mask.
+        output = model(tokens, None, None, labels=labels)
+        return output, partial(_mean_loss, unwrap_model(model))
+
+    def _connect_schedules(self) -> None:
+        """Tell Megatron's schedules how to reduce gradients of DDP-wrapped chunks."""
+        config = self.chunks[0].config
+        config.finalize_model_grads_func = finalize_model_grads
+        config.grad_scale_func = self.optimizer.scale_loss
+        if self.config.parallel.overlap_grad_reduce:
+            no_sync = [chunk.no_sync for chunk in self.chunks]
+            config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
+
+    @contextmanager
+    def _synchronous_parameters(self) -> Iterator[None]:
+        """Gather parameters now where training would gather them during the forward pass."""
+        if not self.config.parallel.overlap_param_gather:
+            yield
+            return
+        for chunk in self.chunks:
+            chunk.disable_forward_pre_hook()
+        try:
+            yield
+        finally:
+            for chunk in self.chunks:
+                chunk.enable_forward_pre_hook()
+
+    def _diverged(self, what: str) -> TrainingDiverged:
+        mine = groups_with_nonfinite_gradients(self.parameters, self.groups)
+        gathered: list[list[str]] = [[] for _ in range(dist.get_world_size())]
+        dist.all_gather_object(gathered, mine)
+        bad = {name for names in gathered for name in names}
+        names = [group.name for group in self.groups if group.name in bad]
+        where = "every group" if len(names) == len(self.groups) else " and ".join(names) or "none"
+        return TrainingDiverged(
+            f"step {self.step}: {what}. Groups with non-finite gradients: {where}."
+        )
+
+
+def _mean_loss(
+    model: LanguageModel, per_token: torch.Tensor
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The loss to differentiate, and the cross entropy to report; the last stage alone calls it."""
+    assert model.cross_entropy is not None
+    return per_token.mean(), {"loss": model.cross_entropy.mean()}
+
+
+def _wrap(chunks: Sequence[LanguageModel], config: RunConfig) -> list[DistributedDataParallel]:
+    """Mixed precision, then Megatron's data parallelism, around each model chunk."""
+    parallel = config.parallel
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=parallel.overlap_grad_reduce,
+        overlap_param_gather=parallel.overlap_param_gather,
+        use_distributed_optimizer=parallel.use_distributed_optimizer,
+    )
+    wrapped = []
+    for index, chunk in enumerate(chunks):
+        module = Float16Module(chunk.config, chunk) if chunk.config.bf16 else chunk
+        wrapped.append(
+            DistributedDataParallel(
+                chunk.config,
+                ddp_config,
+                module,
+                # The last stages' gradients are ready first; one bucket is enough for later chunks.
+                disable_bucketing=index > 0,
+            )
+        )
+    return wrapped

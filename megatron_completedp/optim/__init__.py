@@ -1,0 +1,1 @@
+"""AdamW with Complete(d)P hyperparameters. Knows tensors and numbers, nothing of Megatron."""

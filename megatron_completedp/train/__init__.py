@@ -1,0 +1,1 @@
+"""The training loop: `torchrun -m megatron_completedp.train --config run.yaml`."""

@@ -1,0 +1,58 @@
+"""The folder of a run: who owns it, and the resolved configuration and plan inside."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from megatron_completedp.config.load import config_hash, load_config, to_yaml
+from megatron_completedp.config.run import RunConfig
+from megatron_completedp.core.budget import Budget
+from megatron_completedp.core.hyperparams import Resolved
+from megatron_completedp.core.render import render_plan
+from megatron_completedp.data.atomic import atomic_write
+from megatron_completedp.errors import ConfigError
+
+CONFIG_FILE = "config.yaml"
+PLAN_JSON = "plan.json"
+PLAN_TEXT = "plan.txt"
+METRICS_FILE = "metrics.jsonl"
+CHECKPOINTS = "checkpoints"
+
+
+def claim(config: RunConfig) -> Path:
+    """Create the run's folder, or take it up again if it holds this same run.
+
+    Raises ConfigError when it holds another run, or something that is no run at all.
+    """
+    folder = Path(config.run_dir)
+    written = folder / CONFIG_FILE
+    if written.exists():
+        other = load_config(written)
+        if config_hash(other) != config_hash(config):
+            raise ConfigError(
+                f"run_dir {folder} already holds another run: its {CONFIG_FILE} differs from this "
+                "configuration. Choose another run_dir, or restore the configuration to resume it."
+            )
+    elif folder.is_dir() and any(folder.iterdir()):
+        raise ConfigError(
+            f"run_dir {folder} is not empty and holds no {CONFIG_FILE}; nothing in it is "
+            "overwritten. Choose a new or empty folder."
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def write_plan(folder: Path, config: RunConfig, resolved: Resolved, budget: Budget) -> None:
+    """Write the resolved config and the per-module table, each file whole or not at all.
+
+    config.yaml comes last: it is what marks the folder as this run's.
+    """
+    _replace(folder / PLAN_JSON, json.dumps(resolved.as_json(), indent=1))
+    _replace(folder / PLAN_TEXT, render_plan(resolved, budget) + "\n")
+    _replace(folder / CONFIG_FILE, to_yaml(config))
+
+
+def _replace(path: Path, text: str) -> None:
+    with atomic_write(path) as stream:
+        stream.write(text.encode())

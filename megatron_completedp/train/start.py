@@ -1,0 +1,105 @@
+"""Start a run: resolve its numbers, check its data, claim its folder, build its engine."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import torch.distributed as dist
+
+from megatron_completedp.config.run import RunConfig, check_world
+from megatron_completedp.data.indexed import check_pair
+from megatron_completedp.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_completedp.errors import ConfigError, DataError
+from megatron_completedp.mcore.dataset import build_datasets
+from megatron_completedp.mcore.engine import Engine
+from megatron_completedp.mcore.optimizer import describe_groups
+from megatron_completedp.mcore.parallel import initialize_parallel
+from megatron_completedp.mcore.platform import detect_platform
+from megatron_completedp.plan.run_plan import Plan
+from megatron_completedp.train import folder as run_folder
+from megatron_completedp.train.loop import Run, RunResult
+
+logger = logging.getLogger(__name__)
+
+#: A collective that takes longer than this means that a rank is gone.
+COLLECTIVE_TIMEOUT_S = 1800.0
+
+
+def train(plan: Plan) -> RunResult:
+    """Train `plan` to its last step, from its newest checkpoint if it has one.
+
+    All ranks call this. Raises CompletedPError subclasses for what a user can mend; whatever
+    happens, the folder keeps every finished metrics row and complete checkpoint.
+    """
+    config = plan.config
+    platform = detect_platform(config.training.device)
+    state = initialize_parallel(
+        platform, config.parallel, timeout_s=COLLECTIVE_TIMEOUT_S, seed=config.seed
+    )
+    # Every rank checks for itself, so that all of them stop on bad input and none waits.
+    check_world(config, state.world_size)
+    tokenizer = check_data(config)
+    folder = run_folder.claim(config)
+    dist.barrier()
+    if state.rank == 0:
+        run_folder.write_plan(folder, config, plan.resolved, plan.budget)
+    dist.barrier()
+    logger.info("%s; %d ranks", platform.describe(), state.world_size)
+    datasets = build_datasets(
+        config.data,
+        tokenizer=tokenizer,
+        seq_length=config.model.seq_length,
+        seed=config.seed,
+        train_samples=config.steps * config.training.global_batch_size,
+        valid_samples=config.evaluation.samples,
+        cache_dir=config.data.cache_dir or str(folder / "cache"),
+    )
+    engine = Engine(config, plan.resolved, platform)
+    logger.info(
+        "hyperparameters by group\n%s", describe_groups(engine.groups, config.model, plan.resolved)
+    )
+    return Run(config, folder, engine, platform, state, datasets).to_the_end()
+
+
+def check_data(config: RunConfig) -> Tokenizer:
+    """Verify every .bin/.idx pair and that no token id can exceed the embedding.
+
+    Raises ConfigError or DataError before any model is built; returns the tokenizer.
+    """
+    data, model = config.data, config.model
+    if not data.train:
+        raise ConfigError("data.train is empty; name at least one prefix of a .bin/.idx pair.")
+    if config.evaluation.interval and not data.valid:
+        raise ConfigError(
+            "data.valid is empty but evaluation.interval is "
+            f"{config.evaluation.interval}; name a validation prefix, or set the interval to 0."
+        )
+    if data.tokenizer is None:
+        raise ConfigError(
+            "data.tokenizer is missing; name the tokenizer the data was made with, so that its "
+            "ids can be checked against model.vocab_size."
+        )
+    tokenizer = load_tokenizer(Path(data.tokenizer))
+    if tokenizer.vocab_size > model.vocab_size:
+        raise ConfigError(
+            f"data.tokenizer {data.tokenizer} has {tokenizer.vocab_size} ids but model.vocab_size "
+            f"is {model.vocab_size}; ids beyond it would have no embedding. Set model.vocab_size "
+            f"to {tokenizer.vocab_size}."
+        )
+    tokens = sum(check_pair(Path(prefix)).tokens for prefix in data.train)
+    logger.info(
+        "%s training tokens on disk; the run reads %.2f times that",
+        f"{tokens:,}",
+        config.steps * config.batch_tokens / tokens,
+    )
+    if config.evaluation.interval:
+        needed = config.evaluation.samples * model.seq_length + 1
+        held_out = sum(check_pair(Path(prefix)).tokens for prefix in data.valid)
+        if held_out < needed:
+            raise DataError(
+                f"the validation data has {held_out:,} tokens; evaluation.samples = "
+                f"{config.evaluation.samples} sequences of {model.seq_length} need {needed:,}. "
+                "Use fewer samples or more text."
+            )
+    return tokenizer
