@@ -252,6 +252,7 @@ class _Resolver:
             name: self._factors(value, mult, module, layer, cell)
             for name, (value, mult, cell) in cells.items()
         }
+        place = module.value if layer is None else f"{module} in layer {layer}"
         return ResolvedHyperparams(
             module=module,
             layer=layer,
@@ -259,8 +260,8 @@ class _Resolver:
             lr=factors["lr"].value,
             weight_decay=factors["weight_decay"].value,
             eps=factors["eps"].value,
-            beta1=_beta(f"beta1 of {module}", base.beta1, factors["one_minus_beta1"]),
-            beta2=_beta(f"beta2 of {module}", base.beta2, factors["one_minus_beta2"]),
+            beta1=_beta(f"beta1 of {place}", base.beta1, factors["one_minus_beta1"]),
+            beta2=_beta(f"beta2 of {place}", base.beta2, factors["one_minus_beta2"]),
             init_std=factors["init_std"].value if "init_std" in factors else None,
             factors=MappingProxyType(factors),
         )
@@ -298,11 +299,11 @@ def _beta(name: str, base: float, one_minus: Factors) -> float:
     The two agree to first order; the linear one is meaningless once (1 - beta) * kappa reaches 1
     (rules, section 2).
     """
-    if one_minus.value == one_minus.base:
-        return base  # 1 - (1 - beta) would move the last bit of a beta below 1/2
     if _uses_power_rule(one_minus):
         tuned = 1 - one_minus.tuned
         beta = tuned ** _kappa(one_minus) if 0 < tuned < 1 else tuned
+    elif one_minus.value == one_minus.base:
+        beta = base  # 1 - (1 - beta) would move the last bit of a beta below 1/2
     else:
         beta = 1 - one_minus.value
     if not 0 < beta < 1:
@@ -320,7 +321,9 @@ def _kappa(one_minus: Factors) -> float:
 
 
 def _uses_power_rule(one_minus: Factors) -> bool:
-    return _kappa(one_minus) != 1 and one_minus.value >= BETA_FALLBACK
+    # Both tests allow for rounding: 49 * (1/49) is not 1, and (1 - 0.9) * 5 falls short of 0.5.
+    moved = not math.isclose(_kappa(one_minus), 1)
+    return moved and one_minus.value > BETA_FALLBACK - 1e-9
 
 
 def _beta_notes(entry: ResolvedHyperparams) -> list[str]:

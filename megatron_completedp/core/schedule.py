@@ -8,12 +8,15 @@ from typing import Literal
 
 from megatron_completedp.errors import ConfigError
 
+ScheduleKind = Literal["cosine", "linear", "wsd", "constant"]
+SCHEDULE_KINDS: tuple[ScheduleKind, ...] = ("cosine", "linear", "wsd", "constant")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
     """Shape of the learning rate over a run; each module follows it with its own peak and floor."""
 
-    kind: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
+    kind: ScheduleKind = "cosine"
     """cosine and linear decay to the floor; wsd holds the peak, then decays linearly."""
     warmup_fraction: float = 0.02
     """Part of the steps spent rising linearly from 0 to the peak."""
@@ -23,13 +26,20 @@ class Schedule:
     """Floor as a part of the peak (ignored by constant)."""
 
     def __post_init__(self) -> None:
+        if self.kind not in SCHEDULE_KINDS:
+            raise ConfigError(
+                f"schedule.kind is {self.kind!r}; expected one of {', '.join(SCHEDULE_KINDS)}."
+            )
         for name in ("warmup_fraction", "decay_fraction", "min_lr_fraction"):
             value = getattr(self, name)
             if not 0 <= value <= 1:
                 raise ConfigError(f"schedule.{name} is {value}; expected a fraction in [0, 1].")
         if self.warmup_fraction >= 1:
             raise ConfigError("schedule.warmup_fraction is 1: the whole run would be warmup.")
-        if self.kind == "wsd" and not 0 < self.decay_fraction <= 1 - self.warmup_fraction:
+        # The sum, not 1 - warmup: 1 - 0.32 rounds to less than 0.68.
+        if self.kind == "wsd" and not (
+            self.decay_fraction > 0 and self.warmup_fraction + self.decay_fraction <= 1
+        ):
             raise ConfigError(
                 f"schedule.decay_fraction is {self.decay_fraction} with warmup_fraction "
                 f"{self.warmup_fraction}; expected more than 0 and a sum of at most 1."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -57,6 +58,14 @@ class ModelShape:
             value = getattr(self, name)
             if value < 1:
                 raise ConfigError(f"model.{name} is {value}; expected at least 1.")
+        for name in ("norm_epsilon", "softmax_scale"):
+            number = getattr(self, name)
+            if number is not None and not 0 < number < math.inf:
+                raise ConfigError(f"model.{name} is {number}; expected a positive number.")
+        if self.activation not in ("swiglu", "gelu"):
+            raise ConfigError(
+                f"model.activation is {self.activation!r}; expected one of swiglu, gelu."
+            )
         if self.head_dim % 2:
             raise ConfigError(
                 f"model.head_dim is {self.head_dim}; rotary embeddings need an even size."

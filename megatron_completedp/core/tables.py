@@ -54,11 +54,14 @@ class Rules:
     """Decay in branches: paper (no m_L) or invariant (x m_L^(1-alpha)); equal at alpha = 1."""
 
     def __post_init__(self) -> None:
-        if self.parametrization not in PARAMETRIZATIONS:
-            raise ConfigError(
-                f"parametrization is {self.parametrization!r}; expected one of "
-                f"{', '.join(PARAMETRIZATIONS)}."
-            )
+        for name, words in (
+            ("parametrization", PARAMETRIZATIONS),
+            ("final_norm_eps", ("derived", "paper")),
+            ("depth_weight_decay", ("paper", "invariant")),
+        ):
+            word = getattr(self, name)
+            if word not in words:
+                raise ConfigError(f"{name} is {word!r}; expected one of {', '.join(words)}.")
         if not 0.5 <= self.depth_alpha <= 1:
             raise ConfigError(f"depth_alpha is {self.depth_alpha}; expected a value in [0.5, 1].")
         if not 0 <= self.duration_exponent <= 1:
