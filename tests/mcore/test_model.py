@@ -14,6 +14,7 @@ from megatron_completedp.core.shape import ModelShape
 from megatron_completedp.errors import ConfigError
 from megatron_completedp.mcore.model import (
     LanguageModel,
+    Precision,
     build_model,
     check_transformer_config,
     transformer_config,
@@ -53,12 +54,13 @@ def build(
     *,
     z_loss: float = Z_LOSS,
     logit_multiplier: float = LOGIT_MULTIPLIER,
+    precision: Precision = "fp32",
 ) -> LanguageModel:
     (model,) = build_model(
         shape,
         ParallelConfig(),
         platform=platform,
-        precision="fp32",
+        precision=precision,
         residual=residual or uneven_residual(shape.num_layers),
         z_loss=z_loss,
         logit_multiplier=logit_multiplier,
@@ -104,6 +106,19 @@ def test_comparison_notices_a_dropped_factor(platform: Platform, mistake: str) -
     expected_loss, _, expected = oracle_step(shape, uneven_residual(shape.num_layers))
     assert loss.item() != pytest.approx(expected_loss, rel=100 * TOLERANCE)
     assert largest_error(shape, gradients_of(model), expected) > 100 * TOLERANCE
+
+
+def test_bf16_stays_near_fp32(platform: Platform) -> None:
+    shape = tiny_shape()
+    model = build(platform, shape, precision="bf16")
+    loss = train_loss(model, shape)
+    loss.backward()
+    expected_loss, _, expected = oracle_step(shape, uneven_residual(shape.num_layers))
+    assert loss.dtype == torch.float32
+    # bf16 rounds to 2^-9; some twenty roundings on the way to a gradient add up to a few percent.
+    assert loss.item() == pytest.approx(expected_loss, rel=5e-3)
+    gradients = {name: grad.float() for name, grad in gradients_of(model).items()}
+    assert largest_error(shape, gradients, expected) < 0.1
 
 
 def test_evaluation_returns_the_plain_cross_entropy(platform: Platform) -> None:
