@@ -1,0 +1,216 @@
+"""Short training runs of the real engine, one process or several, and the same run in plain torch.
+
+The run is a transferred one (base at half the width, depth, batch and a third of the tokens), so
+that every role has its own learning rate, decay, eps, init and residual multiplier.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from torch import Tensor
+
+from megatron_completedp.config.parallel import ParallelConfig
+from megatron_completedp.config.run import RunConfig
+from megatron_completedp.config.sections import TrainingConfig
+from megatron_completedp.core.hyperparams import BaseHyperparams, Resolved
+from megatron_completedp.core.ratios import Scale
+from megatron_completedp.core.roles import Module
+from megatron_completedp.core.schedule import Schedule
+from megatron_completedp.core.tables import Rules
+from megatron_completedp.mcore.checkpoint import load_checkpoint, save_checkpoint
+from megatron_completedp.mcore.engine import Batch, Engine
+from megatron_completedp.mcore.parallel import destroy_parallel, initialize_parallel
+from megatron_completedp.mcore.platform import CpuPlatform
+from megatron_completedp.plan.run_plan import Plan
+from megatron_completedp.train.loader import Share
+from tests.mcore.common import tiny_shape
+from tests.oracle import PlainGPT
+
+STEPS = 8
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What a run reported, step by step, and its evaluation at the end."""
+
+    losses: list[float]
+    grad_norms: list[float]
+    evaluation: float
+
+
+def run_config(parallel: ParallelConfig | None = None, **changes: Any) -> RunConfig:
+    """Eight steps of eight sequences in micro batches of two: more of them than pipeline stages."""
+    model = tiny_shape(**changes.pop("model", {}))
+    training = {"precision": "fp32", "clip_grad": 0.3, "z_loss": 1e-3}
+    training |= changes.pop("training", {})
+    config = RunConfig(
+        run_dir="unused",
+        rules=Rules(depth_alpha=0.75),
+        base=Scale(
+            hidden_size=model.hidden_size // 2,
+            ffn_hidden_size=model.ffn_hidden_size // 2,
+            num_attention_heads=model.num_attention_heads // 2,
+            head_dim=model.head_dim,
+            num_layers=model.num_layers // 2,
+            batch_tokens=4 * model.seq_length,
+            train_tokens=STEPS * 8 * model.seq_length // 3,
+        ),
+        hyperparams=BaseHyperparams(
+            lr=4e-3,
+            weight_decay=0.2,
+            gain_weight_decay=0.05,
+            eps=1e-6,
+            embedding_init_std=0.5,
+            hidden_init_std=0.1,
+            unembedding_init_std=0.1,
+        ),
+        model=model,
+        schedule=Schedule(kind="cosine", warmup_fraction=0.25),
+        parallel=parallel or ParallelConfig(),
+        training=TrainingConfig(
+            global_batch_size=8, micro_batch_size=2, train_steps=STEPS, device="cpu", **training
+        ),
+    )
+    return replace(config, **changes)
+
+
+def sample(config: RunConfig, index: int) -> Tensor:
+    """Sequence number `index`, seq_length + 1 ids: a walk with small steps, easy to learn."""
+    generator = torch.Generator().manual_seed(index)
+    steps = torch.randint(1, 6, (config.model.seq_length + 1,), generator=generator)
+    return (steps.cumsum(0) * 7) % config.model.vocab_size
+
+
+def batches(config: RunConfig, step: int, *, dp_rank: int = 0, dp_size: int = 1) -> list[Batch]:
+    """One rank's micro batches of `step`."""
+    share = Share(
+        global_batch_size=config.training.global_batch_size,
+        micro_batch_size=config.training.micro_batch_size,
+        dp_rank=dp_rank,
+        dp_size=dp_size,
+    )
+    return [
+        {"tokens": ids[:, :-1].contiguous(), "labels": ids[:, 1:].contiguous()}
+        for ids in (
+            torch.stack([sample(config, index) for index in indices])
+            for indices in share.indices(step)
+        )
+    ]
+
+
+def run_engine(
+    config: RunConfig,
+    *,
+    save_to: Path | None = None,
+    resume_from: Path | None = None,
+    stop_at: int = STEPS,
+    inspect: Callable[[Engine], Any] | None = None,
+) -> tuple[Trace, Any]:
+    """Train `config` in this process's layout from step 0, or from a checkpoint, to `stop_at`.
+
+    Returns the trace and what `inspect` made of the engine at the end.
+    """
+    platform = CpuPlatform()
+    # The tests of one process share a layout that is set up once; several processes set up theirs.
+    ours = not parallel_state.model_parallel_is_initialized()
+    if ours:
+        initialize_parallel(platform, config.parallel, timeout_s=120, seed=config.seed)
+    try:
+        engine = Engine(config, Plan.of(config).resolved, platform)
+        if resume_from is not None:
+            load_checkpoint(engine, resume_from)
+        ranks = {
+            "dp_rank": parallel_state.get_data_parallel_rank(),
+            "dp_size": parallel_state.get_data_parallel_world_size(),
+        }
+        losses, grad_norms = [], []
+        while engine.step < stop_at:
+            result = engine.train_step(batches(config, engine.step, **ranks))
+            losses.append(result.loss)
+            grad_norms.append(result.grad_norm)
+        trace = Trace(losses, grad_norms, engine.evaluate(batches(config, 1000, **ranks)))
+        if save_to is not None:
+            save_checkpoint(engine, save_to, config_hash="test", keep_last=2)
+        return trace, inspect(engine) if inspect else None
+    finally:
+        if ours:
+            destroy_parallel(keep_process_group=True)
+
+
+def run_oracle(config: RunConfig, weights: dict[str, Tensor]) -> Trace:
+    """The same run on PlainGPT and torch.optim.AdamW, from the engine's initial `weights`."""
+    resolved = Plan.of(config).resolved
+    model = PlainGPT(
+        config.model,
+        resolved.residual,
+        z_loss=config.training.z_loss,
+        logit_multiplier=resolved.logit_multiplier,
+    )
+    model.load_from_megatron(weights)
+    optimizer = torch.optim.AdamW(
+        [_oracle_group(name, parameter, resolved) for name, parameter in model.named_parameters()]
+    )
+    peaks = [group["lr"] for group in optimizer.param_groups]
+    losses, grad_norms = [], []
+    for step in range(config.steps):
+        optimizer.zero_grad()
+        micro_batches = batches(config, step)
+        reported = 0.0
+        for batch in micro_batches:
+            loss, cross_entropy = model(batch["tokens"], batch["labels"])
+            (loss / len(micro_batches)).backward()
+            reported += cross_entropy.item() / len(micro_batches)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.training.clip_grad)
+        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+            group["lr"] = peak * config.schedule.at(step, config.steps)
+        optimizer.step()
+        losses.append(reported)
+        grad_norms.append(norm.item())
+    with torch.no_grad():
+        held_out = [model(b["tokens"], b["labels"])[1].item() for b in batches(config, 1000)]
+    return Trace(losses, grad_norms, sum(held_out) / len(held_out))
+
+
+def _oracle_group(name: str, parameter: Tensor, resolved: Resolved) -> dict[str, Any]:
+    modules = {
+        "embedding": Module.EMBEDDING,
+        "attention_norm": Module.ATTENTION_NORM,
+        "qkv": Module.Q,
+        "q_norm": Module.Q_NORM,
+        "k_norm": Module.K_NORM,
+        "o": Module.O,
+        "mlp_norm": Module.MLP_NORM,
+        "gate_up": Module.UP,
+        "down": Module.DOWN,
+        "final_norm": Module.FINAL_NORM,
+        "unembedding": Module.UNEMBEDDING,
+    }
+    *path, tail, _ = name.split(".")
+    hp = resolved.get(modules[tail], int(path[1]) if path else None)
+    return {
+        "params": [parameter],
+        "lr": hp.lr,
+        "weight_decay": hp.weight_decay,
+        "eps": hp.eps,
+        "betas": (hp.beta1, hp.beta2),
+    }
+
+
+def largest_difference(one: Trace, other: Trace) -> dict[str, float]:
+    """Largest relative difference over the steps, by reported quantity."""
+    assert len(one.losses) == len(other.losses)
+
+    def worst(a: list[float], b: list[float]) -> float:
+        return max(abs(x - y) / abs(y) for x, y in zip(a, b, strict=True))
+
+    return {
+        "loss": worst(one.losses, other.losses),
+        "grad_norm": worst(one.grad_norms, other.grad_norms),
+        "evaluation": worst([one.evaluation], [other.evaluation]),
+    }
