@@ -9,7 +9,7 @@ HERE = Path(__file__).parent
 setup(
     name="megatron_completedp",
     version="0.1.0",
-    description="Complete(d)P hyperparameter transfer for language-model pretraining on Megatron-Core",
+    description="Complete(d)P hyperparameter transfer for pretraining on Megatron-Core",
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import queue
 import re
 import shutil
 from dataclasses import asdict, dataclass
@@ -19,6 +20,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import __version__ as megatron_version
 from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.utils import unwrap_model
 
 import megatron_completedp
@@ -60,6 +62,9 @@ def save_checkpoint(engine: Engine, folder: Path, *, config_hash: str, keep_last
             shutil.rmtree(leftover)
         temporary.mkdir()
     dist.barrier()
+    # Megatron's own queue is for writers in other processes: it lives in a manager process, which
+    # takes seconds to start and outlives a run that is killed. Here this process writes and waits.
+    filesystem_async._results_queue = queue.Queue()
     metadata = _content_metadata()
     dist_checkpointing.save(
         _state(engine, metadata, is_loading=False),

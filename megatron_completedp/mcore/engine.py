@@ -23,9 +23,16 @@ from megatron.core.utils import unwrap_model
 
 from megatron_completedp.config.run import RunConfig
 from megatron_completedp.core.hyperparams import Resolved
+from megatron_completedp.core.shape import ModelShape
 from megatron_completedp.errors import TrainingDiverged
 from megatron_completedp.mcore.classify import ClassifiedParameter, classify_model
 from megatron_completedp.mcore.init import initialize_parameters
+from megatron_completedp.mcore.inventory import (
+    Inventory,
+    check_inventory,
+    inventory,
+    sum_inventories,
+)
 from megatron_completedp.mcore.model import LanguageModel, build_model
 from megatron_completedp.mcore.optimizer import (
     build_optimizer,
@@ -72,6 +79,7 @@ class Engine:
         self.parameters: tuple[ClassifiedParameter, ...] = classify_model(
             chunks, config.model, config.parallel
         )
+        self.inventory = _whole_inventory(self.parameters, config.model)
         initialize_parameters(
             self.parameters,
             config.model,
@@ -190,7 +198,7 @@ class Engine:
         names = [group.name for group in self.groups if group.name in bad]
         where = "every group" if len(names) == len(self.groups) else " and ".join(names) or "none"
         return TrainingDiverged(
-            f"step {self.step}: {what}. Groups with non-finite gradients: {where}."
+            f"step {self.step + 1}: {what}. Groups with non-finite gradients: {where}."
         )
 
 
@@ -200,6 +208,24 @@ def _mean_loss(
     """The loss to differentiate, and the cross entropy to report; the last stage alone calls it."""
     assert model.cross_entropy is not None
     return per_token.mean(), {"loss": model.cross_entropy.mean()}
+
+
+def _whole_inventory(parameters: Sequence[ClassifiedParameter], shape: ModelShape) -> Inventory:
+    """Elements by (module, layer) over the ranks of this model replica.
+
+    Raises ClassificationError unless they are exactly those of `shape`.
+    """
+    group = parallel_state.get_model_parallel_group()
+    place = (
+        parallel_state.get_pipeline_model_parallel_rank(),
+        parallel_state.get_tensor_model_parallel_rank(),
+    )
+    gathered: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(gathered, (place, inventory(parameters)), group=group)
+    # Sorted, because the ranks of a stage are compared with its TP rank 0.
+    total = sum_inventories(dict(sorted(gathered, key=lambda item: item[0])))
+    check_inventory(total, shape)
+    return total
 
 
 def _wrap(chunks: Sequence[LanguageModel], config: RunConfig) -> list[DistributedDataParallel]:

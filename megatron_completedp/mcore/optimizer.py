@@ -1,8 +1,8 @@
 """Resolved hyperparameters as parameter groups of Megatron's optimizer, and its LR scheduler.
 
-Parameters of one role that share (lr, weight decay, eps, beta1, beta2) share a group. Groups are numbered from
-the resolved table, not from the parameters a rank happens to hold, so they are the same on every
-rank and in every layout.
+Parameters of one role that share (lr, weight decay, eps, beta1, beta2) share a group. Groups are
+numbered from the resolved table, not from the parameters a rank happens to hold, so they are the
+same on every rank and in every layout.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from megatron_completedp.core.hyperparams import Resolved, ResolvedHyperparams
 from megatron_completedp.core.render import layer_ranges, text_table
 from megatron_completedp.core.roles import Module, Role
 from megatron_completedp.core.schedule import Schedule
-from megatron_completedp.core.shape import ModelShape
 from megatron_completedp.errors import CheckpointError, ConfigError
 from megatron_completedp.mcore.classify import ClassifiedParameter
+from megatron_completedp.mcore.inventory import Inventory
 from megatron_completedp.optim.grouped import GroupedAdamW
 
 #: Attribute that names a parameter's group; it survives DDP and mixed-precision wrapping.
@@ -175,22 +175,20 @@ def check_group_values(
                 )
 
 
-def describe_groups(
-    groups: Sequence[HyperparamGroup], shape: ModelShape, resolved: Resolved
-) -> str:
+def describe_groups(groups: Sequence[HyperparamGroup], whole: Inventory) -> str:
     """One line per group with its numbers and sizes; the last line sums them to the model's size.
 
-    Raises AssertionError when they do not add up, which no configuration can cause.
+    `whole` counts the parameters that the ranks hold; each must be in exactly one group.
     """
+    members = [member for group in groups for member in group.members]
+    assert sorted(members, key=str) == sorted(whole, key=str), "groups do not partition the model"
     rows, total = [], 0
     for group in groups:
         hp = group.hyperparams
-        size = sum(shape.module_parameters(module) for module, _ in group.members)
+        size = sum(whole[member] for member in group.members)
         total += size
         numbers = (hp.lr, hp.weight_decay, hp.eps, hp.beta1, hp.beta2)
         rows.append([str(group.index), *(f"{n:.5g}" for n in numbers), f"{size:,}", group.name])
-    assert total == shape.parameters, f"groups hold {total} of {shape.parameters} parameters"
-    assert sum(len(group.members) for group in groups) == len(resolved.modules)
     header = ["group", "peak lr", "weight decay", "eps", "beta1", "beta2", "parameters", "members"]
     # The member list is last and of any length: keep it out of the alignment.
     names = [header.pop(), *(row.pop() for row in rows)]

@@ -79,7 +79,7 @@ class CudaPlatform(Platform):
         if local_rank >= devices:
             raise ConfigError(
                 f"LOCAL_RANK is {local_rank}, but this machine shows {devices} CUDA device(s) to "
-                "the process. Start at most one process per device, or set platform to cpu."
+                "the process. Start at most one process per device, or set training.device to cpu."
             )
         self.device = torch.device("cuda", local_rank)
 
@@ -112,8 +112,8 @@ def detect_platform(kind: Literal["auto", "cpu", "cuda"] = "auto") -> Platform:
     has_cuda = torch.cuda.is_available()
     if kind == "cuda" and not has_cuda:
         raise ConfigError(
-            "platform is cuda, but torch sees no CUDA device; expected a driver, a visible device "
-            "and a CUDA build of torch. Set platform to cpu or auto."
+            "training.device is cuda, but torch sees no CUDA device; expected a driver, a visible "
+            "device and a CUDA build of torch. Set training.device to cpu or auto."
         )
     if kind == "cpu" or not has_cuda:
         return CpuPlatform()

@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_completedp.config.cli import load_run, run_command
+from megatron_completedp.errors import CompletedPError
 from megatron_completedp.plan.run_plan import Plan
 
 PROG = "torchrun -m megatron_completedp.train"
@@ -22,6 +24,9 @@ Example:
       --tensor-model-parallel-size 2
 """
 
+#: How much sooner rank 0 reports an error than the others: the skew of their start, with room.
+HEAD_START_S = 10.0
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainFlags:
@@ -33,6 +38,17 @@ class TrainFlags:
 
 def main(argv: Sequence[str]) -> int:
     """Train the run that `argv` describes. Returns the exit code."""
+    try:
+        return _run(argv)
+    except CompletedPError:
+        # Most errors are the same on every rank. torchrun ends the others once rank 0 has left, so
+        # such an error is printed once; one that rank 0 does not share still comes out.
+        if _rank() != 0:
+            time.sleep(HEAD_START_S)
+        raise
+
+
+def _run(argv: Sequence[str]) -> int:
     config, flags = load_run(argv, prog=PROG, description=DESCRIPTION, extra=TrainFlags)
     plan = Plan.of(config)
     if flags.dry_run:
@@ -40,14 +56,17 @@ def main(argv: Sequence[str]) -> int:
         return 0
     _log_on_rank_zero()
     # Torch and Megatron take seconds to import; --help, --dry-run and bad values do not wait.
+    from megatron_completedp.mcore.parallel import destroy_parallel
     from megatron_completedp.train.start import train
 
     train(plan)
+    # Not after an error: it would wait for ranks that may have gone.
+    destroy_parallel()
     return 0
 
 
 def _log_on_rank_zero() -> None:
-    rank = int(os.environ.get("RANK", "0"))
+    rank = _rank()
     logging.basicConfig(
         level=logging.INFO if rank == 0 else logging.WARNING,
         format="%(asctime)s %(message)s" if rank == 0 else f"%(asctime)s rank {rank}: %(message)s",
@@ -58,6 +77,10 @@ def _log_on_rank_zero() -> None:
     # run; which layers were chosen, and why, is in our log.
     logging.getLogger("megatron.core").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core")
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
 
 
 if __name__ == "__main__":

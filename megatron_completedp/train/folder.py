@@ -23,7 +23,8 @@ CHECKPOINTS = "checkpoints"
 def claim(config: RunConfig) -> Path:
     """Create the run's folder, or take it up again if it holds this same run.
 
-    Raises ConfigError when it holds another run, or something that is no run at all.
+    Raises ConfigError when it holds another run or something that is no run at all, and when it
+    cannot be made.
     """
     folder = Path(config.run_dir)
     written = folder / CONFIG_FILE
@@ -39,18 +40,24 @@ def claim(config: RunConfig) -> Path:
             f"run_dir {folder} is not empty and holds no {CONFIG_FILE}; nothing in it is "
             "overwritten. Choose a new or empty folder."
         )
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"run_dir {folder} cannot be made: {error}. Choose a folder that you may write to."
+        ) from error
     return folder
 
 
 def write_plan(folder: Path, config: RunConfig, resolved: Resolved, budget: Budget) -> None:
     """Write the resolved config and the per-module table, each file whole or not at all.
 
-    config.yaml comes last: it is what marks the folder as this run's.
+    config.yaml comes first: it marks the folder as this run's, so that a start which is killed here
+    can be repeated.
     """
+    _replace(folder / CONFIG_FILE, to_yaml(config))
     _replace(folder / PLAN_JSON, json.dumps(resolved.as_json(), indent=1))
     _replace(folder / PLAN_TEXT, render_plan(resolved, budget) + "\n")
-    _replace(folder / CONFIG_FILE, to_yaml(config))
 
 
 def _replace(path: Path, text: str) -> None:

@@ -97,8 +97,8 @@ class Run:
         show_bar = self.is_main and sys.stderr.isatty()
         loss, valid_loss = math.nan, None
         if engine.step == steps:
-            logger.info("the run has finished its %d steps before", steps)
-            valid_loss = self._evaluate()
+            logger.info("this run had finished its %d steps before; nothing is left to do", steps)
+            valid_loss = self._validation_loss()
         self.stopwatch.reset()
         with tqdm(total=steps, initial=engine.step, unit="step", disable=not show_bar) as bar:
             for batches in loader:
@@ -110,6 +110,7 @@ class Run:
                     self._report(result)
                 if _is_due(config.evaluation.interval, engine.step, steps):
                     valid_loss = self._evaluate()
+                # After the evaluation: a model that cannot be evaluated is no good checkpoint.
                 if self._save_is_due():
                     with self.stopwatch.paused():
                         self.last_checkpoint = self._save()
@@ -141,7 +142,16 @@ class Run:
         return path
 
     def _evaluate(self) -> float | None:
-        """Validation loss over the same `evaluation.samples` sequences every time."""
+        """Measure and report the validation loss. Raises TrainingDiverged if it is not finite."""
+        loss, step = self._validation_loss(), self.engine.step
+        if loss is not None:
+            self._write({"kind": "eval", "step": step, "loss": loss})
+            if not math.isfinite(loss):
+                raise TrainingDiverged(f"step {step}: the validation loss is {loss}.")
+        return loss
+
+    def _validation_loss(self) -> float | None:
+        """Over the same `evaluation.samples` sequences every time; None where there are none."""
         if self.valid_set is None or not self.config.evaluation.interval:
             return None
         with self.stopwatch.paused():
@@ -152,9 +162,7 @@ class Run:
                 dp_size=self.share.dp_size,
             )
             (batches,) = steps_of_batches(self.valid_set, share, first_step=0, steps=1, workers=0)
-            loss = self.engine.evaluate(batches)
-        self._write({"kind": "eval", "step": self.engine.step, "loss": loss})
-        return loss
+            return self.engine.evaluate(batches)
 
     def _report(self, result: StepResult) -> None:
         self.platform.synchronize()

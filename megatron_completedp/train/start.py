@@ -56,9 +56,7 @@ def train(plan: Plan) -> RunResult:
         cache_dir=config.data.cache_dir or str(folder / "cache"),
     )
     engine = Engine(config, plan.resolved, platform)
-    logger.info(
-        "hyperparameters by group\n%s", describe_groups(engine.groups, config.model, plan.resolved)
-    )
+    logger.info("hyperparameters by group\n%s", describe_groups(engine.groups, engine.inventory))
     return Run(config, folder, engine, platform, state, datasets).to_the_end()
 
 

@@ -153,9 +153,7 @@ def run_oracle(config: RunConfig, weights: dict[str, Tensor]) -> Trace:
         logit_multiplier=resolved.logit_multiplier,
     )
     model.load_from_megatron(weights)
-    optimizer = torch.optim.AdamW(
-        [_oracle_group(name, parameter, resolved) for name, parameter in model.named_parameters()]
-    )
+    optimizer = torch.optim.AdamW(oracle_groups(model, resolved))
     peaks = [group["lr"] for group in optimizer.param_groups]
     losses, grad_norms = [], []
     for step in range(config.steps):
@@ -175,6 +173,11 @@ def run_oracle(config: RunConfig, weights: dict[str, Tensor]) -> Trace:
     with torch.no_grad():
         held_out = [model(b["tokens"], b["labels"])[1].item() for b in batches(config, 1000)]
     return Trace(losses, grad_norms, sum(held_out) / len(held_out))
+
+
+def oracle_groups(model: PlainGPT, resolved: Resolved) -> list[dict[str, Any]]:
+    """One parameter group per tensor, with its module's resolved hyperparameters."""
+    return [_oracle_group(name, tensor, resolved) for name, tensor in model.named_parameters()]
 
 
 def _oracle_group(name: str, parameter: Tensor, resolved: Resolved) -> dict[str, Any]:

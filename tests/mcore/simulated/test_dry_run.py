@@ -72,8 +72,7 @@ def test_variants_add_up(changes: dict[str, Any], chunks: int | None) -> None:
     assert dry_run(shape, parallel, world_size=4).total_parameters == shape.parameters
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("chunks", [None, 2])
+@pytest.mark.parametrize("chunks", [None, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_run_of_2048_ranks_takes_less_than_a_minute(chunks: int | None) -> None:
     parallel = ParallelConfig(
         tensor_model_parallel_size=8,

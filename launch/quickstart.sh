@@ -1,0 +1,48 @@
+#!/usr/bin/env bash
+# From a fresh clone to a transferred run: environment, text, tokenizer, a tuned proxy, then a target
+# of 2x width, 2x depth, 2x batch and 4x tokens on two processes, once with the transferred
+# hyperparameters and once under `sp` with the proxy's own. Started again, it resumes what is missing.
+set -euo pipefail
+. "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
+cd "$root"
+export OMP_NUM_THREADS=1
+runs=runs/quickstart
+example=examples/quickstart
+
+# Two processes need two GPUs; with fewer, all of it runs on CPU, which takes minutes as well.
+device=cpu
+if command -v nvidia-smi >/dev/null && [ "$(nvidia-smi -L | wc -l)" -ge 2 ]; then device=cuda; fi
+
+step() { printf '\n== %s\n' "$*"; }
+train() { torchrun --standalone --nproc-per-node "$1" -m megatron_completedp.train \
+  --training.device $device "${@:2}"; }
+
+step "text of this Python installation, a tokenizer trained on it, token files"
+python -m megatron_completedp.data quick --out $runs/data --vocab-size 1024
+
+step "the proxy: its hyperparameters are tuned"
+train 1 --config $example/proxy.yaml
+
+step "what the target will train with, and why"
+python -m megatron_completedp.plan --config $example/target.yaml
+
+step "the target, hyperparameters transferred from the proxy (two processes)"
+train 2 --config $example/target.yaml
+
+step "the same target under sp, with the proxy's hyperparameters as they are (two processes)"
+train 2 --config $example/target.yaml --parametrization sp --run-dir $runs/target_sp
+
+step "result"
+python $example/compare.py --out $runs/losses.png \
+  proxy=$runs/proxy target=$runs/target target_sp=$runs/target_sp
+
+cat <<TXT
+
+Next:
+  see any number explained     python -m megatron_completedp.plan --config $example/target.yaml
+  change the target            torchrun --nproc-per-node 2 -m megatron_completedp.train \\
+                                 --config $example/target.yaml --num-layers 8 --run-dir runs/deeper
+  train without the rules      ... --parametrization sp | mup | completep
+  read what a run did          $runs/target/{plan.txt,config.yaml,metrics.jsonl}
+  (activate the environment first: source ${venv#"$root"/}/bin/activate)
+TXT
