@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+import sys
 from collections.abc import Callable
 from itertools import pairwise
 
@@ -13,7 +14,8 @@ import torch
 
 from megatron_completedp.errors import ClassificationError, CompletedPError, ConfigError
 from megatron_completedp.optim.backend import StepInputs
-from megatron_completedp.optim.per_module import PerModuleAdamW
+from megatron_completedp.optim.flat import FlatAdamW
+from megatron_completedp.optim.per_module import PerModuleAdamW, _backend
 from megatron_completedp.optim.segments import AdamWValues, Segment, segments_of_shard
 from tests.optim.transformer import TINY, Oracle, random_values, set_count
 
@@ -337,3 +339,16 @@ def test_gradients_in_bfloat16_are_refused_on_cpu() -> None:
     param.grad = torch.ones(4, dtype=torch.bfloat16)
     with pytest.raises(ConfigError, match=r"bfloat16; expected float32"):
         optimizer.step()
+
+
+def test_a_torch_without_the_kernel_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch, "_fused_adamw_")
+    with pytest.raises(ConfigError, match=r"expected torch 2\.6 or newer"):
+        FlatAdamW([])
+
+
+def test_a_gpu_without_triton_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    # None in sys.modules is how Python marks a module that cannot be imported.
+    monkeypatch.setitem(sys.modules, "megatron_completedp.optim.triton_adamw", None)
+    with pytest.raises(ConfigError, match="needs triton"):
+        _backend(torch.device("cuda"), [])
