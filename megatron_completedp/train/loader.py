@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import atexit
+import multiprocessing
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch.utils.data import DataLoader, Dataset
+
+from megatron_completedp.train.signals import ignore_in_worker
 
 Batch = dict[str, torch.Tensor]
 
@@ -53,11 +57,21 @@ def steps_of_batches(
         batch_sampler=order,
         num_workers=workers,
         pin_memory=workers > 0,
+        worker_init_fn=ignore_in_worker,
         collate_fn=_collate,
     )
+    if workers:
+        atexit.register(_kill_workers)
     batches = iter(loader)
     for _ in range(first_step, steps):
         yield [next(batches) for _ in range(share.micro_batches)]
+
+
+def _kill_workers() -> None:
+    """For exits that leave the loader open: the workers ignore SIGTERM, which Python would send."""
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
 
 
 def _collate(samples: list[Batch]) -> Batch:
