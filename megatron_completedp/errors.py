@@ -1,4 +1,15 @@
-"""Errors a user can act on. Each message names the value, what was expected and what to do."""
+"""Errors a user can act on. Each message names the value, what was expected and what to do.
+
+Exit codes of the commands: 0 done, 1 an error, 2 usage or configuration, 75 stopped by a signal.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+#: A run that saved and left because it was asked to: start it again. EX_TEMPFAIL of sysexits.h,
+#: which no error uses and which batch systems can be told to requeue.
+REQUEUE_EXIT_CODE = 75
 
 
 class CompletedPError(Exception):
@@ -32,4 +43,22 @@ class CheckpointError(CompletedPError):
 
 
 class TrainingDiverged(CompletedPError):
-    """The loss or a gradient stopped being a finite number."""
+    """A step must not become part of the model; whoever catches it decides how to go on.
+
+    Raised before an update is applied: weights, moments and step are as they were before it.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        cause: Literal["nonfinite", "spike", "validation"],
+        groups: tuple[str, ...] = (),
+    ) -> None:
+        """`cause`: NaN or inf in loss or gradients, a loss spike, or a non-finite validation loss.
+
+        `groups` names the parameter groups with non-finite gradients.
+        """
+        super().__init__(message)
+        self.cause = cause
+        self.groups = groups

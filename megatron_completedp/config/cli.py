@@ -7,6 +7,7 @@ docstring as help, and Megatron's flat name where it has one. Per-module factors
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, make_dataclass
@@ -103,7 +104,13 @@ def run_command(command: Callable[[Sequence[str]], int]) -> int:
     a defect and keeps its traceback.
     """
     try:
-        return command(sys.argv[1:])
+        code = command(sys.argv[1:])
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        # The reader, head or less, has seen enough. What is left must not fail again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except CompletedPError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

@@ -25,12 +25,15 @@ from megatron_completedp.errors import ConfigError
 
 T = TypeVar("T")
 
-#: Where and how often, not what: two runs that differ only here make the same updates.
+#: Where and how often, not what: two runs that differ only here make the same updates. (Those that
+#: differ in divergence do until a step goes wrong; a stopped run may then go on by another policy.)
 NOT_THE_RUN = (
     "run_dir",
     "parallel",
     "training.micro_batch_size",
     "training.device",
+    "training.timeout_s",
+    "divergence",
     "evaluation",
     "data.cache_dir",
     "checkpoint",

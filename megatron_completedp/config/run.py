@@ -9,6 +9,7 @@ from megatron_completedp.config.schema import INLINE
 from megatron_completedp.config.sections import (
     CheckpointConfig,
     DataConfig,
+    DivergenceConfig,
     EvalConfig,
     LoggingConfig,
     TrainingConfig,
@@ -46,6 +47,8 @@ class RunConfig:
     """How the run is split over ranks."""
     training: TrainingConfig
     """Batch, length and numerics."""
+    divergence: DivergenceConfig = field(default_factory=DivergenceConfig)
+    """What happens to a step that went wrong."""
     evaluation: EvalConfig = field(default_factory=EvalConfig)
     """When the validation loss is measured."""
     data: DataConfig = field(default_factory=DataConfig)

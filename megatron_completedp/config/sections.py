@@ -29,6 +29,8 @@ class TrainingConfig:
     """Coefficient of logsumexp(logits)^2 in the loss; 0 turns it off."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto is cuda where a device is present, else cpu."""
+    timeout_s: float = 1800.0
+    """A rank that finishes no step, evaluation or save in this many seconds ends the job."""
 
     def __post_init__(self) -> None:
         for name in ("global_batch_size", "micro_batch_size", "train_tokens", "train_steps"):
@@ -50,6 +52,41 @@ class TrainingConfig:
             value = getattr(self, name)
             if not 0 <= value < math.inf:
                 raise ConfigError(f"training.{name} is {value}; expected 0 (off) or more.")
+        if not 0 < self.timeout_s < math.inf:
+            raise ConfigError(
+                f"training.timeout_s is {self.timeout_s}; expected a positive number of seconds, "
+                "more than the slowest step, evaluation or save takes."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DivergenceConfig:
+    """What happens to a step whose loss or gradients are not finite, or whose loss is a spike.
+
+    stop ends the run with exit code 1. skip drops the update: weights and moments stay, the data
+    and the schedule move on. rollback also takes weights and moments back to the newest checkpoint,
+    so that every batch since then is left out. Either is an event in metrics.jsonl. A skipped step
+    is never checkpointed (but at a stop or the end): the fault may be in the weights.
+    """
+
+    on_nonfinite: Literal["stop", "skip", "rollback"] = "stop"
+    """For NaN or inf in the loss or a gradient. (In a validation loss, skip means stop.)"""
+    on_spike: Literal["ignore", "stop", "skip", "rollback"] = "ignore"
+    """For a loss above the median of the last spike_window losses by more than spike_nats."""
+    spike_nats: float = 1.0
+    """In nats per token."""
+    spike_window: int = 100
+    """Losses of applied updates; no loss is a spike before there are this many."""
+    max_events: int = 20
+    """Skips and rollbacks over the whole run, restarts included; one more stops it."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.spike_nats < math.inf:
+            raise ConfigError(
+                f"divergence.spike_nats is {self.spike_nats}; expected a positive number of nats."
+            )
+        _require_at_least("divergence.spike_window", self.spike_window, 1)
+        _require_at_least("divergence.max_events", self.max_events, 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,12 +144,17 @@ class CheckpointConfig:
     """Steps between checkpoints; 0 writes none while training."""
     keep_last: int = 2
     """Older checkpoints are deleted beyond this many."""
+    keep_every: int = 0
+    """Checkpoints at multiples of this many steps are never deleted; 0 spares none."""
     save_at_end: bool = True
     """Write one after the last step."""
+    asynchronous: bool = False
+    """Write in a process beside training, from a snapshot; it counts once it is complete."""
 
     def __post_init__(self) -> None:
         _require_at_least("checkpoint.interval", self.interval, 0)
         _require_at_least("checkpoint.keep_last", self.keep_last, 1)
+        _require_at_least("checkpoint.keep_every", self.keep_every, 0)
 
 
 @dataclass(frozen=True, kw_only=True)

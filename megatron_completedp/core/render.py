@@ -130,15 +130,17 @@ def _residual(resolved: Resolved) -> str:
 
 
 def _explanation(resolved: Resolved, name: str) -> str:
-    def cells(factors: Factors) -> tuple[str, ...]:
+    def cells(entry: ResolvedHyperparams, factors: Factors) -> tuple[str, ...]:
         columns = [_number(getattr(factors, column)) for column in FACTOR_COLUMNS]
-        return (*columns, _number(factors.value))
+        # What the module trains with: a beta under the fallback is not the product of its row.
+        betas = {"one_minus_beta1": 1 - entry.beta1, "one_minus_beta2": 1 - entry.beta2}
+        return (*columns, _number(betas.get(name, factors.value)))
 
     by_rule: dict[str, list[tuple[ResolvedHyperparams, tuple[str, ...]]]] = {}
     for entry in resolved.modules:
         if name in entry.factors:
             factors = entry.factors[name]
-            by_rule.setdefault(factors.rule, []).append((entry, cells(factors)))
+            by_rule.setdefault(factors.rule, []).append((entry, cells(entry, factors)))
     header = ["modules", "layers", *FACTOR_COLUMNS, "= value"]
     rows = []
     for rule, entries in by_rule.items():

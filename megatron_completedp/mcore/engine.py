@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -26,6 +26,7 @@ from megatron_completedp.core.hyperparams import Resolved
 from megatron_completedp.core.shape import ModelShape
 from megatron_completedp.errors import TrainingDiverged
 from megatron_completedp.mcore.classify import ClassifiedParameter, classify_model
+from megatron_completedp.mcore.groups import groups_with_nonfinite_gradients, hyperparam_groups
 from megatron_completedp.mcore.init import initialize_parameters
 from megatron_completedp.mcore.inventory import (
     Inventory,
@@ -35,11 +36,10 @@ from megatron_completedp.mcore.inventory import (
 )
 from megatron_completedp.mcore.model import LanguageModel, build_model
 from megatron_completedp.mcore.optimizer import (
+    apply_update,
     build_optimizer,
     build_scheduler,
-    groups_with_nonfinite_gradients,
-    hyperparam_groups,
-    tag_parameters,
+    gradient_norm,
 )
 from megatron_completedp.mcore.platform import Platform
 
@@ -87,30 +87,41 @@ class Engine:
             seed=config.seed,
         )
         self.groups = hyperparam_groups(resolved)
-        tag_parameters(self.parameters, self.groups)
         self.chunks = _wrap(chunks, config)
         self.optimizer = build_optimizer(
             self.chunks,
+            self.parameters,
             self.groups,
             precision=config.training.precision,
-            clip_grad=config.training.clip_grad,
             parallel=config.parallel,
             schedule=config.schedule,
         )
         self.scheduler = build_scheduler(self.optimizer, config.schedule, config.steps)
         self._connect_schedules()
         self._forward_backward = get_forward_backward_func()
+        self.stop_requested: Callable[[], bool] = lambda: False
+        """Whether this rank was asked to stop; asked once in every step and evaluation."""
+        self.stop_agreed = False
+        """Whether any rank had been, at the last step or evaluation; the same on every rank."""
+        self.loop_state: dict[str, Any] = {}
+        """JSON values that the training loop finds in a checkpoint again."""
 
     @property
     def step(self) -> int:
         """Finished optimizer steps."""
         return self.scheduler.num_steps
 
-    def train_step(self, batches: Sequence[Batch]) -> StepResult:
+    def move_to(self, step: int) -> None:
+        """Take `step` steps as finished: the learning rate follows, weights and moments stay."""
+        self.scheduler.num_steps = 0
+        self.scheduler.step(step)
+
+    def train_step(self, batches: Sequence[Batch], *, loss_limit: float = math.inf) -> StepResult:
         """One optimizer step over this rank's micro batches.
 
-        Raises TrainingDiverged, naming the step and the groups with non-finite gradients, when
-        the loss or the gradient norm is not finite; a NaN loss is caught before any weight moves.
+        Raises TrainingDiverged before any weight, moment or count moves, on every rank alike: when
+        the loss or the gradient norm is not finite, naming the step and the groups with non-finite
+        gradients, or when the loss is above `loss_limit` nats per token.
         """
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
@@ -118,11 +129,16 @@ class Engine:
         loss = self._run(batches, forward_only=False)
         if not math.isfinite(loss):
             raise self._diverged(f"the loss is {loss}")
+        if loss > loss_limit:
+            raise TrainingDiverged(
+                f"step {self.step + 1}: the loss is {loss:.4f}, a spike above {loss_limit:.4f}.",
+                cause="spike",
+            )
         lr = self.config.schedule.at(self.step, self.config.steps)
-        _, grad_norm, _ = self.optimizer.step()
-        grad_norm = float(grad_norm)
+        grad_norm = gradient_norm(self.optimizer)
         if not math.isfinite(grad_norm):
             raise self._diverged(f"the gradient norm is {grad_norm} at a loss of {loss:.4f}")
+        apply_update(self.optimizer, norm=grad_norm, clip_grad=self.config.training.clip_grad)
         self.scheduler.step(1)
         return StepResult(loss=loss, grad_norm=grad_norm, lr=lr)
 
@@ -149,15 +165,20 @@ class Engine:
             micro_batch_size=self.config.training.micro_batch_size,
             forward_only=forward_only,
         )
-        # Only the last stage has losses; the sum over stages hands them to the others.
-        mean = torch.zeros((), device=self.device)
-        if outputs:
-            mean = torch.stack([output["loss"] for output in outputs]).mean()
-        group = parallel_state.get_data_parallel_group()
-        dist.all_reduce(mean, group=group)
-        mean /= dist.get_world_size(group)
-        dist.all_reduce(mean, group=parallel_state.get_pipeline_model_parallel_group())
-        return float(mean)
+        return self._agree(outputs)
+
+    def _agree(self, outputs: Sequence[dict[str, torch.Tensor]]) -> float:
+        """The mean loss over all ranks, and in the same collective whether to stop."""
+        sums = torch.zeros(2, device=self.device)
+        # Only the last stage has losses, and its TP ranks have the same ones: one of them counts.
+        if outputs and parallel_state.get_tensor_model_parallel_rank() == 0:
+            sums[0] = torch.stack([output["loss"] for output in outputs]).mean()
+        # Asked now, not before the step: a signal that comes during it ends it.
+        sums[1] = self.stop_requested()
+        dist.all_reduce(sums)
+        loss, requests = sums.tolist()
+        self.stop_agreed = self.stop_agreed or requests > 0
+        return loss / parallel_state.get_data_parallel_world_size()
 
     def _forward_step(self, batches: Iterator[Batch], model: torch.nn.Module) -> tuple[Any, Any]:
         batch = next(batches)
@@ -195,10 +216,12 @@ class Engine:
         gathered: list[list[str]] = [[] for _ in range(dist.get_world_size())]
         dist.all_gather_object(gathered, mine)
         bad = {name for names in gathered for name in names}
-        names = [group.name for group in self.groups if group.name in bad]
+        names = tuple(group.name for group in self.groups if group.name in bad)
         where = "every group" if len(names) == len(self.groups) else " and ".join(names) or "none"
         return TrainingDiverged(
-            f"step {self.step + 1}: {what}. Groups with non-finite gradients: {where}."
+            f"step {self.step + 1}: {what}. Groups with non-finite gradients: {where}.",
+            cause="nonfinite",
+            groups=names,
         )
 
 

@@ -1,144 +1,82 @@
-"""Resolved hyperparameters as parameter groups of Megatron's optimizer, and its LR scheduler.
+"""Megatron's optimizer around PerModuleAdamW, and its LR scheduler.
 
-Parameters of one role that share (lr, weight decay, eps, beta1, beta2) share a group. Groups are
-numbered from the resolved table, not from the parameters a rank happens to hold, so they are the
-same on every rank and in every layout.
+Megatron keeps what it is good at: fp32 masters, ZeRO-1 sharding, gradient norms over all ranks,
+checkpoints. It sees one parameter group whose learning rate is the schedule's fraction; which
+element trains with which numbers is in the inner optimizer's table, built here from the labels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any
+import math
+from collections.abc import Iterator, Sequence
 
 import megatron.core.optimizer as megatron_optimizer
 import megatron.core.optimizer.distrib_optimizer as megatron_distrib_optimizer
 import torch
 from megatron.core.optimizer import (
+    DistributedOptimizer,
+    Float16OptimizerWithFloat16Params,
     MegatronOptimizer,
     OptimizerConfig,
-    ParamKey,
     get_megatron_optimizer,
 )
-from megatron.core.optimizer.optimizer_config import ParamPredicate
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_completedp.config.parallel import ParallelConfig
-from megatron_completedp.core.hyperparams import Resolved, ResolvedHyperparams
-from megatron_completedp.core.render import layer_ranges, text_table
-from megatron_completedp.core.roles import Module, Role
 from megatron_completedp.core.schedule import Schedule
-from megatron_completedp.errors import CheckpointError, ConfigError
+from megatron_completedp.errors import CheckpointError
 from megatron_completedp.mcore.classify import ClassifiedParameter
-from megatron_completedp.mcore.inventory import Inventory
-from megatron_completedp.optim.grouped import GroupedAdamW
-
-#: Attribute that names a parameter's group; it survives DDP and mixed-precision wrapping.
-GROUP_ATTRIBUTE = "completedp_group"
+from megatron_completedp.mcore.groups import HyperparamGroup
+from megatron_completedp.optim.per_module import PerModuleAdamW
+from megatron_completedp.optim.segments import AdamWValues, Segment, segments_of_shard
 
 _SCHEDULE_STYLES = {"cosine": "cosine", "linear": "linear", "wsd": "WSD", "constant": "constant"}
 
 
-@dataclass(frozen=True)
-class HyperparamGroup:
-    """Modules of one role that train with the same five optimizer hyperparameters."""
-
-    index: int
-    hyperparams: ResolvedHyperparams
-    """One of the members; the others agree with its `optimizer_values`."""
-    members: tuple[tuple[Module, int | None], ...]
-    """(module, layer) of every tensor in the group, over the whole model."""
-
-    @property
-    def name(self) -> str:
-        """Members for people: modules, with layers where they are not all alike."""
-        layers: dict[str, list[int]] = {}
-        for module, layer in self.members:
-            where = layers.setdefault(module.value, [])
-            if layer is not None:
-                where.append(layer)
-        by_range: dict[str, list[str]] = {}
-        for module_name, where in layers.items():
-            by_range.setdefault(layer_ranges(where), []).append(module_name)
-        return "; ".join(
-            " ".join(names) + (f" [{ranges}]" if ranges != "-" else "")
-            for ranges, names in by_range.items()
-        )
-
-
-def hyperparam_groups(resolved: Resolved) -> tuple[HyperparamGroup, ...]:
-    """The groups of a resolved table, in the order of their first member."""
-    members: dict[tuple[Role, tuple[float, ...]], list[ResolvedHyperparams]] = {}
-    for entry in resolved.modules:
-        members.setdefault((entry.role, entry.optimizer_values), []).append(entry)
-    return tuple(
-        HyperparamGroup(index, entries[0], tuple((e.module, e.layer) for e in entries))
-        for index, entries in enumerate(members.values())
-    )
-
-
-def tag_parameters(
-    parameters: Sequence[ClassifiedParameter], groups: Sequence[HyperparamGroup]
-) -> None:
-    """Mark every parameter with its group's index.
-
-    Raises ConfigError when the modules fused in one weight have different hyperparameters: a
-    parameter group holds whole tensors.
-    """
-    group_of = {member: group.index for group in groups for member in group.members}
-    for classified in parameters:
-        indices = {group_of[row.module, classified.layer] for row in classified.ranges}
-        if len(indices) > 1:
-            modules = sorted({row.module.value for row in classified.ranges})
-            raise ConfigError(
-                f"{classified.global_name} fuses {', '.join(modules)}, whose optimizer "
-                "hyperparameters differ, and this optimizer applies one set per tensor. Give these "
-                "modules equal multipliers (init_std_mult may differ)."
-            )
-        setattr(classified.parameter, GROUP_ATTRIBUTE, indices.pop())
-
-
 def build_optimizer(
     chunks: Sequence[torch.nn.Module],
+    parameters: Sequence[ClassifiedParameter],
     groups: Sequence[HyperparamGroup],
     *,
     precision: str,
-    clip_grad: float,
     parallel: ParallelConfig,
     schedule: Schedule,
 ) -> MegatronOptimizer:
-    """Megatron's optimizer over DDP-wrapped `chunks` whose parameters carry group tags."""
-    _use_grouped_adamw()
-    first = groups[0].hyperparams
+    """Megatron's optimizer over DDP-wrapped `chunks`, every element with its module's values."""
+    _use_per_module_adamw()
     config = OptimizerConfig(
         optimizer="adam",
-        lr=first.lr,
-        min_lr=0.0,
-        weight_decay=first.weight_decay,
-        adam_beta1=first.beta1,
-        adam_beta2=first.beta2,
-        adam_eps=first.eps,
+        # The group's learning rate is the schedule's fraction of each segment's own peak.
+        lr=1.0,
+        min_lr=schedule.min_lr_fraction,
+        weight_decay=0.0,
         bf16=precision == "bf16",
         params_dtype=torch.bfloat16 if precision == "bf16" else torch.float32,
-        clip_grad=clip_grad,
+        clip_grad=0.0,  # folded into the update, see `apply_update`
         use_distributed_optimizer=parallel.use_distributed_optimizer,
         overlap_param_gather=parallel.overlap_param_gather,
     )
-    overrides = {_key(group.index): _override(group, schedule) for group in groups}
-    return get_megatron_optimizer(config, list(chunks), config_overrides=overrides)
+    optimizer = get_megatron_optimizer(config, list(chunks), config_overrides={})
+    table = planned_values(groups)
+    rows = _rows_by_parameter(parameters, groups)
+    for part in _parts(optimizer):
+        segments = {
+            held: segments_of_shard(rows[model], model[0].numel(), start, stop)
+            for held, model, start, stop in _held_tensors(part)
+        }
+        part.optimizer.assign(table, segments)
+    return optimizer
 
 
 def build_scheduler(
     optimizer: MegatronOptimizer, schedule: Schedule, steps: int
 ) -> OptimizerParamScheduler:
-    """Megatron's scheduler; per-group peaks, floors and decays come from the group overrides."""
-    floors = [group["min_lr"] for group in optimizer.param_groups]
-    peaks = [group["max_lr"] for group in optimizer.param_groups]
+    """Megatron's scheduler over the fraction in [min_lr_fraction, 1] that all modules follow."""
     return OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
-        max_lr=max(peaks),
-        min_lr=min(floors),
+        max_lr=1.0,
+        min_lr=schedule.min_lr_fraction,
         # Not rounded to whole steps: the schedule is a function of step / steps.
         lr_warmup_steps=schedule.warmup_fraction * steps,
         lr_decay_steps=steps,
@@ -155,92 +93,122 @@ def build_scheduler(
     )
 
 
-def check_group_values(
-    optimizer: MegatronOptimizer, groups: Sequence[HyperparamGroup], schedule: Schedule
-) -> None:
-    """Raise CheckpointError when a group of the live optimizer is not what the plan says.
+def gradient_norm(optimizer: MegatronOptimizer) -> float:
+    """Global gradient norm over all ranks; the gradients are then ready for `apply_update`.
 
-    Loading a checkpoint replaces the values in the param groups, and megatron-core matches saved
-    groups to live ones by keys that leave out eps and betas; this is the proof that none moved.
+    Not finite where a gradient is not; nothing has been updated yet.
     """
-    for live in optimizer.param_groups:
-        group = groups[int(live["lr_mult"]) - 1]
-        for name, planned in _override(group, schedule).items():
-            found = tuple(live[name]) if name == "betas" else live[name]
-            if found != planned:
-                raise CheckpointError(
-                    f"after loading, {name} of the group {group.name!r} is {found}; the plan says "
-                    f"{planned}. The checkpoint was written with other hyperparameters; resume "
-                    "with the configuration it was written with."
-                )
+    optimizer.prepare_grads()
+    return float(optimizer.get_grad_norm())
 
 
-def describe_groups(groups: Sequence[HyperparamGroup], whole: Inventory) -> str:
-    """One line per group with its numbers and sizes; the last line sums them to the model's size.
+def apply_update(optimizer: MegatronOptimizer, *, norm: float, clip_grad: float) -> None:
+    """Update all parameters, gradients scaled down to a norm of `clip_grad` (0: never).
 
-    `whole` counts the parameters that the ranks hold; each must be in exactly one group.
+    The factor goes into the update itself, so that clipping costs no pass over the gradients.
     """
-    members = [member for group in groups for member in group.members]
-    assert sorted(members, key=str) == sorted(whole, key=str), "groups do not partition the model"
-    rows, total = [], 0
-    for group in groups:
-        hp = group.hyperparams
-        size = sum(whole[member] for member in group.members)
-        total += size
-        numbers = (hp.lr, hp.weight_decay, hp.eps, hp.beta1, hp.beta2)
-        rows.append([str(group.index), *(f"{n:.5g}" for n in numbers), f"{size:,}", group.name])
-    header = ["group", "peak lr", "weight decay", "eps", "beta1", "beta2", "parameters", "members"]
-    # The member list is last and of any length: keep it out of the alignment.
-    names = [header.pop(), *(row.pop() for row in rows)]
-    lines = text_table(header, rows, left=0).splitlines()
-    body = [f"{line}  {name}" for line, name in zip(lines, names, strict=True)]
-    return "\n".join([*body, f"{len(groups)} groups, {total:,} parameters = the whole model"])
+    # Megatron's and torch's formula; the small number keeps a norm of 0 from dividing.
+    scale = min(1.0, clip_grad / (norm + 1e-6)) if clip_grad else 1.0
+    for part in _parts(optimizer):
+        part.optimizer.grad_scale = scale
+    optimizer.step_with_ready_grads()
 
 
-def groups_with_nonfinite_gradients(
-    parameters: Iterable[ClassifiedParameter], groups: Sequence[HyperparamGroup]
-) -> list[str]:
-    """Names of the groups with a NaN or inf in a gradient this rank holds, in group order."""
-    bad = set()
-    for classified in parameters:
-        parameter = classified.parameter
-        gradient = getattr(parameter, "main_grad", parameter.grad)
-        if gradient is not None and not torch.isfinite(gradient).all():
-            bad.add(getattr(parameter, GROUP_ATTRIBUTE))
-    return [groups[index].name for index in sorted(bad)]
-
-
-def _key(index: int) -> ParamKey:
-    # Predicates are hashed by name alone, so the name must tell groups apart.
-    return ParamKey(
-        predicate=ParamPredicate(
-            name=f"{GROUP_ATTRIBUTE}_{index}",
-            fn=lambda param: getattr(param, GROUP_ATTRIBUTE) == index,
+def planned_values(groups: Sequence[HyperparamGroup]) -> tuple[AdamWValues, ...]:
+    """The table of the inner optimizer: one row per group, by index."""
+    return tuple(
+        AdamWValues(
+            lr=group.hyperparams.lr,
+            weight_decay=group.hyperparams.weight_decay,
+            eps=group.hyperparams.eps,
+            beta1=group.hyperparams.beta1,
+            beta2=group.hyperparams.beta2,
         )
+        for group in groups
     )
 
 
-def _override(group: HyperparamGroup, schedule: Schedule) -> dict[str, Any]:
-    hp = group.hyperparams
+def check_live_values(
+    optimizer: MegatronOptimizer, groups: Sequence[HyperparamGroup], schedule: Schedule
+) -> None:
+    """Raise CheckpointError when the live optimizer does not hold what the plan says.
+
+    Loading a checkpoint replaces what stands in the parameter group; the table of values is never
+    loaded. This is the proof, after every load, that no number moved.
+    """
+    planned = {"max_lr": 1.0, "min_lr": schedule.min_lr_fraction}
+    for part in _parts(optimizer):
+        if part.optimizer.table != planned_values(groups):
+            raise CheckpointError(
+                "the live optimizer's table of hyperparameters is not the planned one. This is a "
+                "defect; please report it with the run's plan.json."
+            )
+        for live in part.param_groups:
+            for name, value in planned.items():
+                if not math.isclose(live[name], value, rel_tol=1e-12):
+                    raise CheckpointError(
+                        f"after loading, {name} of the schedule is {live[name]}; the plan says "
+                        f"{value}. The checkpoint was written with another schedule; resume with "
+                        "the configuration it was written with."
+                    )
+
+
+def _rows_by_parameter(
+    parameters: Sequence[ClassifiedParameter], groups: Sequence[HyperparamGroup]
+) -> dict[torch.Tensor, tuple[Segment, ...]]:
+    """For each parameter, its row ranges with the index of the group they train in."""
+    group_of = {member: group.index for group in groups for member in group.members}
     return {
-        "max_lr": hp.lr,
-        "min_lr": hp.lr * schedule.min_lr_fraction,
-        "start_wd": hp.weight_decay,
-        "end_wd": hp.weight_decay,
-        "wd_mult": 1.0,
-        "eps": hp.eps,
-        "betas": (hp.beta1, hp.beta2),
-        # Read by nothing, but part of the key by which checkpoints match groups in every version;
-        # without it, groups that differ only in eps or betas exchange values on load.
-        "lr_mult": float(group.index + 1),
+        item.parameter: tuple(
+            Segment(rows.start, rows.stop, group_of[rows.module, item.layer])
+            for rows in item.ranges
+        )
+        for item in parameters
     }
 
 
-def _use_grouped_adamw() -> None:
-    """Make Megatron build GroupedAdamW, by the flags it sets when Apex is importable."""
-    megatron_optimizer.Adam = GroupedAdamW
+def _parts(optimizer: MegatronOptimizer) -> Sequence[MegatronOptimizer]:
+    """The optimizers inside Megatron's chain (one, for a dense model), or the one given."""
+    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    return [part for part in parts if not getattr(part, "is_stub_optimizer", False)]
+
+
+def _held_tensors(
+    part: MegatronOptimizer,
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, int, int]]:
+    """(tensor of the inner optimizer, the model's parameter, and which flat elements of it)."""
+    if isinstance(part, DistributedOptimizer):
+        for models, shards in (
+            (part.model_float16_groups, part.shard_fp32_from_float16_groups),
+            (part.model_fp32_groups, part.shard_fp32_groups),
+        ):
+            for model, shard in _pairs(models, shards):
+                cut = part._get_model_param_range_map(model)["param"]
+                yield shard, model, cut.start, cut.end
+    elif isinstance(part, Float16OptimizerWithFloat16Params):
+        for model, master in _pairs(part.float16_groups, part.fp32_from_float16_groups):
+            yield master, model, 0, model.numel()
+        for (model,) in _pairs(part.fp32_from_fp32_groups):
+            yield model, model, 0, model.numel()
+    else:
+        for model in part.get_parameters():
+            yield model, model, 0, model.numel()
+
+
+def _pairs(*groups: Sequence[Sequence[torch.Tensor]]) -> Iterator[tuple[torch.Tensor, ...]]:
+    for tensors in zip(*groups, strict=True):
+        yield from zip(*tensors, strict=True)
+
+
+def _use_per_module_adamw() -> None:
+    """Make Megatron build PerModuleAdamW, by the flags it sets when Apex is importable.
+
+    With Apex's layout the step count is in the parameter group, which the distributed optimizer
+    needs to load its checkpoints; with torch's own AdamW inside it can only save them.
+    """
+    megatron_optimizer.Adam = PerModuleAdamW
     megatron_optimizer.USING_PYTORCH_OPTIMIZER = False
-    megatron_distrib_optimizer.Adam = GroupedAdamW
+    megatron_distrib_optimizer.Adam = PerModuleAdamW
     megatron_distrib_optimizer.HAVE_APEX_OR_TE = True
     megatron_distrib_optimizer.USING_APEX_OPTIMIZER = True
     megatron_distrib_optimizer.USING_TE_OPTIMIZER = False

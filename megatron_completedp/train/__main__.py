@@ -10,14 +10,22 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import tyro
+
 from megatron_completedp.config.cli import load_run, run_command
-from megatron_completedp.errors import CompletedPError
+from megatron_completedp.core.identity import check_names
+from megatron_completedp.errors import REQUEUE_EXIT_CODE, CompletedPError
 from megatron_completedp.plan.run_plan import Plan
 
 PROG = "torchrun -m megatron_completedp.train"
 DESCRIPTION = """\
 Train the run that a YAML file and flags describe. Started again, it resumes from its newest
 checkpoint. One process trains without torchrun too: python -m megatron_completedp.train ...
+
+SIGTERM, SIGUSR1 or Ctrl-C to any rank: finish the step, save, leave the file `requeue` in run_dir
+(until the next start) and exit with code 75; torchrun itself exits with 1. A second signal exits at
+once. torchrun forwards SIGTERM and Ctrl-C, and kills after --shutdown-timeout (30 s unless set);
+SIGUSR1 ends torchrun itself unless it is in --signals-to-handle.
 
 Example:
   torchrun --nproc-per-node 2 -m megatron_completedp.train --config run.yaml \\
@@ -34,6 +42,9 @@ class TrainFlags:
 
     dry_run: bool = False
     """Print the resolved per-module table and stop: no model, no data, no GPU."""
+    allow_hp_change: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """A hyperparameter that may differ from the checkpoint's, such as q.lr, or *.lr for every
+    module; can be repeated. Without it a run with other hyperparameters is not resumed."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -50,6 +61,7 @@ def main(argv: Sequence[str]) -> int:
 
 def _run(argv: Sequence[str]) -> int:
     config, flags = load_run(argv, prog=PROG, description=DESCRIPTION, extra=TrainFlags)
+    allowed_changes = check_names(flags.allow_hp_change)
     plan = Plan.of(config)
     if flags.dry_run:
         print(plan)
@@ -59,10 +71,10 @@ def _run(argv: Sequence[str]) -> int:
     from megatron_completedp.mcore.parallel import destroy_parallel
     from megatron_completedp.train.start import train
 
-    train(plan)
+    result = train(plan, allowed_changes=allowed_changes)
     # Not after an error: it would wait for ranks that may have gone.
     destroy_parallel()
-    return 0
+    return REQUEUE_EXIT_CODE if result.stopped else 0
 
 
 def _log_on_rank_zero() -> None:

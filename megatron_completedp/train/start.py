@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+from collections.abc import Collection
 from pathlib import Path
 
 import torch.distributed as dist
@@ -13,36 +15,54 @@ from megatron_completedp.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_completedp.errors import ConfigError, DataError
 from megatron_completedp.mcore.dataset import build_datasets
 from megatron_completedp.mcore.engine import Engine
-from megatron_completedp.mcore.optimizer import describe_groups
+from megatron_completedp.mcore.groups import describe_groups
 from megatron_completedp.mcore.parallel import initialize_parallel
 from megatron_completedp.mcore.platform import detect_platform
 from megatron_completedp.plan.run_plan import Plan
 from megatron_completedp.train import folder as run_folder
 from megatron_completedp.train.loop import Run, RunResult
+from megatron_completedp.train.signals import StopSignals
+from megatron_completedp.train.watchdog import GRACE_S, Watchdog
 
 logger = logging.getLogger(__name__)
 
-#: A collective that takes longer than this means that a rank is gone.
-COLLECTIVE_TIMEOUT_S = 1800.0
 
-
-def train(plan: Plan) -> RunResult:
+def train(plan: Plan, *, allowed_changes: Collection[str] = ()) -> RunResult:
     """Train `plan` to its last step, from its newest checkpoint if it has one.
 
-    All ranks call this. Raises CompletedPError subclasses for what a user can mend; whatever
-    happens, the folder keeps every finished metrics row and complete checkpoint.
+    All ranks call this, in their main thread. A stop signal to any rank makes all of them save and
+    return after the present step. `allowed_changes` names hyperparameters, as module.field, that
+    may differ from the checkpoint's. Raises CompletedPError subclasses for what a user can mend;
+    whatever happens, the folder keeps every finished metrics row and complete checkpoint.
     """
+    timeout_s, folder = plan.config.training.timeout_s, Path(plan.config.run_dir)
+    rank = int(os.environ.get("RANK", "0"))
+    with StopSignals() as signals, Watchdog(timeout_s, folder=folder, rank=rank) as watchdog:
+        return _start(plan, watchdog, signals, allowed_changes).to_the_end()
+
+
+def _start(
+    plan: Plan, watchdog: Watchdog, signals: StopSignals, allowed_changes: Collection[str]
+) -> Run:
+    """Everything before the first step."""
     config = plan.config
+    # Before anything can fail: a launcher must not take an old request for this start's.
+    run_folder.withdraw_requeue(Path(config.run_dir))
     platform = detect_platform(config.training.device)
     state = initialize_parallel(
-        platform, config.parallel, timeout_s=COLLECTIVE_TIMEOUT_S, seed=config.seed
+        platform,
+        config.parallel,
+        # The watchdogs end a hang first, with stacks; the collectives' own timeout has none.
+        timeout_s=config.training.timeout_s + 2 * GRACE_S,
+        seed=config.seed,
     )
     # Every rank checks for itself, so that all of them stop on bad input and none waits.
     check_world(config, state.world_size)
     tokenizer = check_data(config)
-    folder = run_folder.claim(config)
+    folder = run_folder.claim(config, may_change_hyperparams=bool(allowed_changes))
     dist.barrier()
-    if state.rank == 0:
+    is_new = not (folder / run_folder.CONFIG_FILE).exists()
+    if state.rank == 0 and is_new:
         run_folder.write_plan(folder, config, plan.resolved, plan.budget)
     dist.barrier()
     logger.info("%s; %d ranks", platform.describe(), state.world_size)
@@ -57,7 +77,21 @@ def train(plan: Plan) -> RunResult:
     )
     engine = Engine(config, plan.resolved, platform)
     logger.info("hyperparameters by group\n%s", describe_groups(engine.groups, engine.inventory))
-    return Run(config, folder, engine, platform, state, datasets).to_the_end()
+    engine.stop_requested = signals.requested
+    run = Run(
+        config,
+        folder,
+        engine,
+        platform,
+        state,
+        datasets,
+        watchdog,
+        allowed_changes=allowed_changes,
+    )
+    # Not earlier: hyperparameters that the checkpoint refuses must not replace the run's own.
+    if state.rank == 0 and not is_new:
+        run_folder.write_plan(folder, config, plan.resolved, plan.budget)
+    return run
 
 
 def check_data(config: RunConfig) -> Tokenizer:

@@ -3,11 +3,10 @@
     python tests/bench/train_step.py [--rounds 15]
 
 About 10M parameters (6 layers, hidden 320, 4k vocabulary), 8 sequences of 128 tokens, fp32, one
-thread. A step is forward, backward, gradient clipping, AdamW with the hyperparameters of each role,
-and the schedule: ours through `Engine.train_step` as in training, the plain side through
-tests/oracle.py, torch's clip_grad_norm_ and torch.optim.AdamW(fused=True). Both alternate in one
-process, so that a slow moment of the machine hits both, and medians are compared. The last line is
-one JSON object: ratio = ours / plain.
+thread. A step is forward, backward, gradient clipping, AdamW and the schedule: ours through
+`Engine.train_step` as in training, the plain side through tests/oracle.py, torch's clip_grad_norm_
+and torch.optim.AdamW(fused=True). Both alternate in one process, so that a slow moment of the
+machine hits both, and medians are compared. The last line is one JSON object: ratio = ours / plain.
 """
 
 from __future__ import annotations
@@ -38,7 +37,6 @@ from megatron_completedp.mcore.engine import Batch, Engine
 from megatron_completedp.mcore.parallel import destroy_parallel, initialize_parallel
 from megatron_completedp.mcore.platform import CpuPlatform
 from megatron_completedp.plan.run_plan import Plan
-from tests.mcore.engine_runs import oracle_groups
 from tests.oracle import PlainGPT
 
 SEQUENCES = 8
@@ -73,7 +71,18 @@ def plain_step(engine: Engine, plan: Plan, batch: Batch) -> Step:
     model = PlainGPT(CONFIG.model, plan.resolved.residual, z_loss=CONFIG.training.z_loss)
     (megatron,) = unwrap_model(engine.chunks)
     model.load_from_megatron(dict(megatron.named_parameters()))
-    optimizer = torch.optim.AdamW(oracle_groups(model, plan.resolved), fused=True)
+    hp = CONFIG.hyperparams
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [p for p in model.parameters() if p.ndim > 1]},
+            {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0},
+        ],
+        lr=hp.lr,
+        weight_decay=hp.weight_decay,
+        betas=(hp.beta1, hp.beta2),
+        eps=hp.eps,
+        fused=True,
+    )
 
     def step() -> float:
         optimizer.zero_grad()

@@ -1,13 +1,14 @@
 """Short training runs of the real engine, one process or several, and the same run in plain torch.
 
-The run is a transferred one (base at half the width, depth, batch and a third of the tokens), so
-that every role has its own learning rate, decay, eps, init and residual multiplier.
+The run is a transferred one (base at half the width, depth, batch and a third of the tokens) with
+other multipliers for every module and every layer, so that no two tensors share a learning rate,
+decay, eps or betas, and no two branches a residual multiplier.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,19 @@ from megatron_completedp.config.parallel import ParallelConfig
 from megatron_completedp.config.run import RunConfig
 from megatron_completedp.config.sections import TrainingConfig
 from megatron_completedp.core.hyperparams import BaseHyperparams, Resolved
+from megatron_completedp.core.multipliers import DepthProfiles, ModuleMultipliers, Multipliers
 from megatron_completedp.core.ratios import Scale
 from megatron_completedp.core.roles import Module
 from megatron_completedp.core.schedule import Schedule
+from megatron_completedp.core.shape import ModelShape
 from megatron_completedp.core.tables import Rules
-from megatron_completedp.mcore.checkpoint import load_checkpoint, save_checkpoint
+from megatron_completedp.mcore.checkpoint import Saver, load_checkpoint
 from megatron_completedp.mcore.engine import Batch, Engine
 from megatron_completedp.mcore.parallel import destroy_parallel, initialize_parallel
 from megatron_completedp.mcore.platform import CpuPlatform
+from megatron_completedp.optim.backend import StepInputs
+from megatron_completedp.optim.reference import reference_adamw
+from megatron_completedp.optim.segments import AdamWValues
 from megatron_completedp.plan.run_plan import Plan
 from megatron_completedp.train.loader import Share
 from tests.mcore.common import tiny_shape
@@ -70,6 +76,7 @@ def run_config(parallel: ParallelConfig | None = None, **changes: Any) -> RunCon
             hidden_init_std=0.1,
             unembedding_init_std=0.1,
         ),
+        multipliers=distinct_multipliers(model),
         model=model,
         schedule=Schedule(kind="cosine", warmup_fraction=0.25),
         parallel=parallel or ParallelConfig(),
@@ -78,6 +85,37 @@ def run_config(parallel: ParallelConfig | None = None, **changes: Any) -> RunCon
         ),
     )
     return replace(config, **changes)
+
+
+def distinct_multipliers(model: ModelShape) -> Multipliers:
+    """Type factors and depth profiles between 0.5 and 2, none of them twice."""
+
+    def spread(count: int, shift: int) -> list[float]:
+        # Powers of 2 with exponents in [-1, 1], permuted so that fields do not move together.
+        return [
+            2 ** (2 * ((place * 5 + shift) % count + 0.5) / count - 1) for place in range(count)
+        ]
+
+    modules = list(Module)
+    by_field = {
+        item.name: spread(len(modules), shift)
+        for shift, item in enumerate(fields(ModuleMultipliers), start=1)
+    }
+    return Multipliers(
+        types={
+            module: ModuleMultipliers(**{name: column[i] for name, column in by_field.items()})
+            for i, module in enumerate(modules)
+            if module in model.modules
+        },
+        depth=DepthProfiles(
+            **{
+                item.name: tuple(spread(model.num_layers // 2, shift))
+                for shift, item in enumerate(fields(DepthProfiles))
+            }
+        ),
+        attention_residual_mult=0.8,
+        mlp_residual_mult=1.3,
+    )
 
 
 def sample(config: RunConfig, index: int) -> Tensor:
@@ -136,7 +174,7 @@ def run_engine(
             grad_norms.append(result.grad_norm)
         trace = Trace(losses, grad_norms, engine.evaluate(batches(config, 1000, **ranks)))
         if save_to is not None:
-            save_checkpoint(engine, save_to, config_hash="test", keep_last=2)
+            Saver(engine, save_to, config.checkpoint, config_hash="test").save()
         return trace, inspect(engine) if inspect else None
     finally:
         if ours:
@@ -144,7 +182,7 @@ def run_engine(
 
 
 def run_oracle(config: RunConfig, weights: dict[str, Tensor]) -> Trace:
-    """The same run on PlainGPT and torch.optim.AdamW, from the engine's initial `weights`."""
+    """The same run on PlainGPT and the reference AdamW, from the engine's initial `weights`."""
     resolved = Plan.of(config).resolved
     model = PlainGPT(
         config.model,
@@ -153,11 +191,11 @@ def run_oracle(config: RunConfig, weights: dict[str, Tensor]) -> Trace:
         logit_multiplier=resolved.logit_multiplier,
     )
     model.load_from_megatron(weights)
-    optimizer = torch.optim.AdamW(oracle_groups(model, resolved))
-    peaks = [group["lr"] for group in optimizer.param_groups]
+    ranges = list(oracle_ranges(model, resolved))
+    moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p, _, _ in ranges]
     losses, grad_norms = [], []
     for step in range(config.steps):
-        optimizer.zero_grad()
+        model.zero_grad()
         micro_batches = batches(config, step)
         reported = 0.0
         for batch in micro_batches:
@@ -165,9 +203,13 @@ def run_oracle(config: RunConfig, weights: dict[str, Tensor]) -> Trace:
             (loss / len(micro_batches)).backward()
             reported += cross_entropy.item() / len(micro_batches)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.training.clip_grad)
-        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-            group["lr"] = peak * config.schedule.at(step, config.steps)
-        optimizer.step()
+        inputs = StepInputs(
+            step=step + 1, lr_fraction=config.schedule.at(step, config.steps), grad_scale=1.0
+        )
+        for (parameter, rows, values), (first, second) in zip(ranges, moments, strict=True):
+            reference_adamw(
+                parameter[rows], parameter.grad[rows], first[rows], second[rows], values, inputs
+            )
         losses.append(reported)
         grad_norms.append(norm.item())
     with torch.no_grad():
@@ -175,34 +217,34 @@ def run_oracle(config: RunConfig, weights: dict[str, Tensor]) -> Trace:
     return Trace(losses, grad_norms, sum(held_out) / len(held_out))
 
 
-def oracle_groups(model: PlainGPT, resolved: Resolved) -> list[dict[str, Any]]:
-    """One parameter group per tensor, with its module's resolved hyperparameters."""
-    return [_oracle_group(name, tensor, resolved) for name, tensor in model.named_parameters()]
-
-
-def _oracle_group(name: str, parameter: Tensor, resolved: Resolved) -> dict[str, Any]:
-    modules = {
-        "embedding": Module.EMBEDDING,
-        "attention_norm": Module.ATTENTION_NORM,
-        "qkv": Module.Q,
-        "q_norm": Module.Q_NORM,
-        "k_norm": Module.K_NORM,
-        "o": Module.O,
-        "mlp_norm": Module.MLP_NORM,
-        "gate_up": Module.UP,
-        "down": Module.DOWN,
-        "final_norm": Module.FINAL_NORM,
-        "unembedding": Module.UNEMBEDDING,
-    }
-    *path, tail, _ = name.split(".")
-    hp = resolved.get(modules[tail], int(path[1]) if path else None)
-    return {
-        "params": [parameter],
-        "lr": hp.lr,
-        "weight_decay": hp.weight_decay,
-        "eps": hp.eps,
-        "betas": (hp.beta1, hp.beta2),
-    }
+def oracle_ranges(
+    model: PlainGPT, resolved: Resolved
+) -> Iterator[tuple[Tensor, slice, AdamWValues]]:
+    """(parameter, rows, values) for every module of the plain model, fused ones told apart."""
+    for name, parameter in model.named_parameters():
+        *path, tail, _ = name.split(".")
+        layer, start = int(path[1]) if path else None, 0
+        if tail == "qkv":  # all q rows, then all k, then all v
+            modules = [Module.Q, Module.K, Module.V]
+        elif tail == "gate_up":
+            modules = [Module.GATE, Module.UP] if model.shape.gated else [Module.UP]
+        else:
+            modules = [Module(tail)]
+        for module in modules:
+            hp = resolved.get(module, layer)
+            rows = parameter.shape[0]
+            if len(modules) > 1:
+                rows = model.shape.module_parameters(module) // model.shape.hidden_size
+            values = AdamWValues(
+                lr=hp.lr,
+                weight_decay=hp.weight_decay,
+                eps=hp.eps,
+                beta1=hp.beta1,
+                beta2=hp.beta2,
+            )
+            yield parameter, slice(start, start + rows), values
+            start += rows
+        assert start == parameter.shape[0], name
 
 
 def largest_difference(one: Trace, other: Trace) -> dict[str, float]:

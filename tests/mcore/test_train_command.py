@@ -12,26 +12,23 @@ import logging
 import os
 import shutil
 import signal
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from megatron_completedp.config.cli import run_command
 from megatron_completedp.config.load import load_config
-from megatron_completedp.config.parallel import ParallelConfig
 from megatron_completedp.mcore import engine as engine_module
-from megatron_completedp.mcore.checkpoint import list_checkpoints, load_checkpoint
+from megatron_completedp.mcore.checkpoint import load_checkpoint
 from megatron_completedp.mcore.engine import Engine
-from megatron_completedp.mcore.parallel import destroy_parallel, initialize_parallel
 from megatron_completedp.mcore.platform import Platform
+from megatron_completedp.mcore.store import list_checkpoints
 from megatron_completedp.plan.run_plan import Plan
-from megatron_completedp.train.__main__ import main
 from megatron_completedp.train.metrics import read_metrics
+from tests.mcore.conftest import Command
 from tests.mcore.train_runs import (
     INTERVAL,
     STEPS,
@@ -41,9 +38,6 @@ from tests.mcore.train_runs import (
     start,
     write_run,
 )
-
-#: The command in this process: config and flags to (exit code, error on stderr without the log).
-Command = Callable[..., tuple[int, str]]
 
 
 @pytest.fixture(scope="module")
@@ -59,23 +53,6 @@ def finished(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
     code, log = finish(start(config))
     assert code == 0, log
     return config, folder, log
-
-
-@pytest.fixture
-def command(
-    platform: Platform, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Iterator[Command]:
-    def run(config: Path, *flags: str) -> tuple[int, str]:
-        destroy_parallel(keep_process_group=True)  # a new process has no groups
-        monkeypatch.setattr(sys, "argv", ["train", "--config", str(config), *flags])
-        capsys.readouterr()
-        code = run_command(main)
-        _, mark, message = capsys.readouterr().err.partition("error: ")
-        return code, mark + message
-
-    yield run
-    destroy_parallel(keep_process_group=True)
-    initialize_parallel(platform, ParallelConfig(), timeout_s=60, seed=1234)
 
 
 def content(folder: Path) -> dict[str, str]:

@@ -246,6 +246,8 @@ def test_hash_is_of_the_run_and_not_of_the_spelling() -> None:
         ("parallel.pipeline_model_parallel_size", 2),
         ("training.micro_batch_size", 4),
         ("training.device", "cpu"),
+        ("training.timeout_s", 60.0),
+        ("divergence.on_nonfinite", "rollback"),
         ("data.cache_dir", "/cache"),
     ],
 )

@@ -25,7 +25,7 @@ class Absent:
             raise ModuleNotFoundError(name)
 
 sys.meta_path.insert(0, Absent())
-runpy.run_module("megatron_completedp.train", run_name="__main__")
+runpy.run_module("megatron_completedp.train", run_name="__main__", alter_sys=True)
 """
 
 
@@ -133,3 +133,15 @@ def test_other_ranks_let_rank_zero_speak_first(
         assert "unknown key zzz" in capsys.readouterr().err
     assert len(waited) == 1
     assert waited[0] > 1
+
+
+def test_changes_to_allow_are_checked_before_anything_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    allow = ["--allow-hp-change", "q.lr", "--allow-hp-change"]
+    command = ["train", "--config", write(tmp_path), *allow]
+    monkeypatch.setattr(sys, "argv", [*command, "q.lrate"])
+    assert run_command(main) == 2
+    assert "--allow-hp-change q.lrate: expected module.field, such as" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", [*command, "*.beta2", "--dry-run"])
+    assert run_command(main) == 0

@@ -76,6 +76,32 @@ def test_another_run_is_refused(tmp_path: Path, changes: dict[str, Any]) -> None
     assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"hyperparams.lr": 0.02},
+        {"parametrization": "mup"},
+        {"multipliers.types": {"q": {"lr_mult": 2.0}}},
+    ],
+    ids=["hyperparams", "rules", "multipliers"],
+)
+def test_hyperparameters_may_differ_on_request_and_the_old_config_stays(
+    tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    first = plan_in(tmp_path)
+    start(first)
+    for number, other in enumerate([plan_in(tmp_path, **changes), first], start=1):
+        before = load_config(tmp_path / "config.yaml")
+        assert claim(other.config, may_change_hyperparams=True) == tmp_path
+        write_plan(tmp_path, other.config, other.resolved, other.budget)
+        assert load_config(tmp_path / "config.yaml") == other.config
+        assert load_config(tmp_path / f"config.{number}.yaml") == before
+    assert not (tmp_path / "config.3.yaml").exists()
+    # Negative control: anything else still makes another run.
+    with pytest.raises(ConfigError, match="already holds another run"):
+        claim(plan_in(tmp_path, seed=7, **changes).config, may_change_hyperparams=True)
+
+
 def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("precious", encoding="utf-8")
     with pytest.raises(ConfigError, match=r"is not empty and holds no config.yaml.*Choose a new"):

@@ -1,0 +1,356 @@
+"""Damaged checkpoints, moved hyperparameters and full disks, in one process and by the command."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_completedp.config.load import load_config
+from megatron_completedp.config.run import RunConfig
+from megatron_completedp.config.sections import CheckpointConfig
+from megatron_completedp.core.hyperparams import Resolved
+from megatron_completedp.core.multipliers import ModuleMultipliers
+from megatron_completedp.core.roles import Module
+from megatron_completedp.errors import CheckpointError
+from megatron_completedp.mcore.checkpoint import Saver, resume
+from megatron_completedp.mcore.checkpoint_info import read_info, read_table
+from megatron_completedp.mcore.engine import Engine
+from megatron_completedp.mcore.manifest import verify
+from megatron_completedp.mcore.optimizer import check_live_values
+from megatron_completedp.mcore.platform import Platform
+from megatron_completedp.mcore.store import checkpoint_path, list_checkpoints
+from megatron_completedp.plan.run_plan import Plan
+from megatron_completedp.train.metrics import read_metrics
+from tests.mcore.conftest import Command
+from tests.mcore.engine_runs import batches, run_config
+from tests.mcore.train_runs import (
+    INTERVAL,
+    ROOT,
+    STEPS,
+    losses,
+    make_corpus,
+    write_run,
+)
+
+Damage = Callable[[Path], object]
+
+
+def engine_of(config: RunConfig, platform: Platform) -> Engine:
+    return Engine(config, Plan.of(config).resolved, platform)
+
+
+@pytest.fixture(scope="module")
+def config() -> RunConfig:
+    return run_config()
+
+
+@pytest.fixture(scope="module")
+def engine(config: RunConfig, platform: Platform) -> Engine:
+    """One engine for tests that load into it or read it; what it holds does not matter."""
+    return engine_of(config, platform)
+
+
+@pytest.fixture(scope="module")
+def saved(config: RunConfig, platform: Platform, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Checkpoints after steps 1 and 2. Tests that spoil them take a copy."""
+    folder = tmp_path_factory.mktemp("saved")
+    engine = engine_of(config, platform)
+    saver = Saver(engine, folder, CheckpointConfig(), config_hash="test")
+    for step in range(2):
+        engine.train_step(batches(config, step))
+        saver.save()
+    return folder
+
+
+@pytest.fixture
+def copy(saved: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(saved, tmp_path / "checkpoints"))
+
+
+def a_shard(checkpoint: Path) -> Path:
+    return max(checkpoint.glob("*.distcp"), key=lambda path: path.stat().st_size)
+
+
+def truncate(checkpoint: Path) -> None:
+    path = a_shard(checkpoint)
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def flip(checkpoint: Path) -> None:
+    path = a_shard(checkpoint)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 3] ^= 1
+    path.write_bytes(bytes(content))
+
+
+def delete(checkpoint: Path) -> None:
+    a_shard(checkpoint).unlink()
+
+
+def forge_table(checkpoint: Path) -> None:
+    path = checkpoint / "hyperparams.json"
+    path.write_text(path.read_text().replace('"q"', '"k"', 1))
+
+
+DAMAGES: dict[str, tuple[Damage, str]] = {
+    "truncated": (truncate, "bytes; expected"),
+    "flipped": (flip, "has SHA-256"),
+    "deleted": (delete, "is missing"),
+    "forged": (forge_table, "hyperparams.json has SHA-256"),
+}
+
+
+def test_a_checkpoint_says_what_it_is(config: RunConfig, engine: Engine, saved: Path) -> None:
+    path = checkpoint_path(saved, 2)
+    verify(path)
+    info = read_info(path)
+    assert (info.step, info.samples) == (2, 2 * config.training.global_batch_size)
+    assert info.layout == "TP1 x PP1 x VPP1 on 1 ranks"
+    assert info.resolved_sha256 == engine.resolved.sha256
+    assert read_table(path) == json.loads(json.dumps(engine.resolved.as_json()))
+    assert (path / "config.yaml").read_text().startswith("run_dir: ")
+    assert info.commit is None or len(info.commit.removesuffix("-dirty")) == 40
+    assert (saved / "latest").read_text() == "step_00000002\n"
+
+
+def test_an_untouched_one_is_resumed_without_a_word(engine: Engine, copy: Path) -> None:
+    found = resume(engine, copy)
+    assert (found.path, found.notes) == (checkpoint_path(copy, 2), ())
+    assert engine.step == 2
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damage_is_seen_and_the_one_before_is_used(damage: str, engine: Engine, copy: Path) -> None:
+    spoil, what = DAMAGES[damage]
+    spoil(checkpoint_path(copy, 2))
+    found = resume(engine, copy)
+    assert found.path == checkpoint_path(copy, 1)
+    assert engine.step == 1
+    (note,) = found.notes
+    assert note.startswith("skipped step_00000002: ")
+    assert what in note
+    # And when there is none before it:
+    spoil(checkpoint_path(copy, 1))
+    engine.move_to(7)
+    with pytest.raises(
+        CheckpointError, match=r"none of the 2 checkpoints in .* is whole"
+    ) as caught:
+        resume(engine, copy)
+    assert str(caught.value).count(what) == 2
+    assert engine.step == 7, "nothing was loaded"
+
+
+@pytest.mark.parametrize("pointer", [b"", b"step_00000009\n"], ids=["empty", "nowhere"])
+def test_a_wrong_pointer_costs_a_note(pointer: bytes, engine: Engine, copy: Path) -> None:
+    (copy / "latest").write_bytes(pointer)
+    (copy / ".writing_0123").mkdir()
+    found = resume(engine, copy)
+    assert found.path == checkpoint_path(copy, 2)
+    assert len(found.notes) == 1
+    assert "the folder's listing is used" in found.notes[0]
+    assert not (copy / ".writing_0123").exists()
+
+
+def test_no_folder_and_an_empty_one_are_fresh_starts(engine: Engine, tmp_path: Path) -> None:
+    for folder in (tmp_path, tmp_path / "absent"):
+        assert resume(engine, folder).path is None
+
+
+def test_a_checkpoint_beyond_the_resumed_step_does_not_push_out_the_new_one(
+    config: RunConfig, engine: Engine, copy: Path
+) -> None:
+    shutil.copytree(checkpoint_path(copy, 2), checkpoint_path(copy, 5))
+    flip(checkpoint_path(copy, 5))
+    flip(checkpoint_path(copy, 2))
+    resume(engine, copy)
+    engine.train_step(batches(config, 1))
+    Saver(engine, copy, CheckpointConfig(keep_last=1), config_hash="test").save()
+    assert [path.name for path in list_checkpoints(copy)] == ["step_00000002", "step_00000005"]
+    verify(checkpoint_path(copy, 2))
+    assert resume(engine, copy).path == checkpoint_path(copy, 2)
+
+
+def with_q(config: RunConfig, **factors: float) -> RunConfig:
+    """`config` with other hyperparameters for q alone."""
+    multipliers = config.multipliers
+    q = replace(multipliers.types.get(Module.Q, ModuleMultipliers()), **factors)
+    types = {**multipliers.types, Module.Q: q}
+    return replace(config, multipliers=replace(multipliers, types=types))
+
+
+CHANGED = {"lr_mult": 3.0, "eps_mult": 5.0}
+
+
+@pytest.mark.parametrize(
+    ("allowed", "refused"),
+    [
+        ([], ["q.lr", "q.eps"]),
+        (["q.lr"], ["q.eps"]),
+        (["*.eps", "k.lr"], ["q.lr"]),
+        (["q.lr", "q.eps"], []),
+        (["*.lr", "*.eps"], []),
+    ],
+    ids=["none", "one", "other", "both", "every"],
+)
+def test_moved_hyperparameters_need_their_names(
+    allowed: list[str],
+    refused: list[str],
+    config: RunConfig,
+    platform: Platform,
+    saved: Path,
+) -> None:
+    engine = engine_of(with_q(config, **CHANGED), platform)
+    if refused:
+        with pytest.raises(CheckpointError) as caught:
+            resume(engine, saved, allowed=allowed)
+        message = str(caught.value)
+        assert message.startswith(f"{checkpoint_path(saved, 2)}: the checkpoint was written with")
+        flags = " ".join(f"--allow-hp-change {name}" for name in refused)
+        assert message.endswith(f"or name each change: {flags}")
+        assert engine.step == 0
+        return
+    (note,) = resume(engine, saved, allowed=allowed).notes
+    assert note.startswith("hyperparameters changed on request:\nmodule")
+    check_live_values(engine.optimizer, engine.groups, engine.config.schedule)
+    planned: Resolved = engine.resolved
+    lr = planned.get(Module.Q, 0).lr
+    assert any(values.lr == lr for values in live_table(engine)), "the new value is in force"
+
+
+def live_table(engine: Engine) -> Any:
+    (part,) = getattr(engine.optimizer, "chained_optimizers", [engine.optimizer])
+    return part.optimizer.table
+
+
+def test_another_batch_size_is_refused(config: RunConfig, platform: Platform, saved: Path) -> None:
+    training = replace(config.training, global_batch_size=4)
+    other = engine_of(replace(config, training=training, base=None), platform)
+    with pytest.raises(CheckpointError, match=r"has seen 16 sequences in 2 steps; .* would be 8"):
+        resume(other, saved)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+#: The command on a disk that is full from the checkpoint of step 12 on: no file may grow beyond
+#: 100 kB, which the shards do and the metrics do not.
+FULL_DISK = """
+import resource, sys
+from megatron_completedp.config.cli import run_command
+from megatron_completedp.mcore.checkpoint import Saver
+from megatron_completedp.train.__main__ import main
+
+save = Saver.save
+
+def limited(saver):
+    if saver._engine.step >= 12:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+    return save(saver)
+
+Saver.save = limited
+sys.exit(run_command(main))
+"""
+
+
+@pytest.fixture(scope="module")
+def stopped(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, str]:
+    """A run that a full disk has ended: its config, its folder and what it wrote to stderr."""
+    folder = tmp_path_factory.mktemp("runs") / "full"
+    config = write_run(folder, corpus)
+    done = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, "--config", str(config)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert done.returncode == 1, done.stderr
+    return config, folder, done.stderr
+
+
+def test_a_full_disk_ends_the_run_with_a_message(stopped: tuple[Path, Path, str]) -> None:
+    _, folder, log = stopped
+    assert "error: " in log
+    assert f"{checkpoint_path(folder / 'checkpoints', 12)} could not be written (rank 0: " in log
+    assert "Make room" in log
+    assert "Traceback" not in log
+    names = [path.name for path in (folder / "checkpoints").iterdir()]
+    assert sorted(names) == ["latest", "step_00000004", "step_00000008"]
+    assert losses(folder)[-1][0] == 12
+
+
+@pytest.fixture
+def run(stopped: tuple[Path, Path, str], tmp_path: Path) -> tuple[Path, Path]:
+    """A copy of the stopped run that may be spoilt: its config and its folder."""
+    config, folder, _ = stopped
+    copied = Path(shutil.copytree(folder, tmp_path / "run"))
+    text = config.read_text().replace(str(folder), str(copied))
+    again = tmp_path / "run.yaml"
+    again.write_text(text)
+    # run_dir is no part of the run's identity.
+    return again, copied
+
+
+def test_the_next_start_goes_on(run: tuple[Path, Path], command: Command, corpus: Path) -> None:
+    config, folder = run
+    assert command(config) == (0, "")
+    whole = folder.with_name("whole")
+    assert command(write_run(whole, corpus)) == (0, "")
+    assert losses(folder) == losses(whole)
+    assert [row for row in read_metrics(folder / "metrics.jsonl") if row["kind"] == "event"] == []
+
+
+def test_a_damaged_checkpoint_is_an_event_and_no_checkpoint_an_error(
+    run: tuple[Path, Path], command: Command
+) -> None:
+    config, folder = run
+    newest = checkpoint_path(folder / "checkpoints", 8)
+    flip(newest)
+    assert command(config, "--checkpoint.keep-last", "9") == (0, "")
+    events = [row for row in read_metrics(folder / "metrics.jsonl") if row["kind"] == "event"]
+    (event,) = events
+    assert (event["step"], event["what"]) == (4, "resume")
+    assert event["message"].startswith("skipped step_00000008: ")
+    assert [step for step, _ in losses(folder)] == list(range(1, STEPS + 1))
+    verify(newest)  # written again
+    for path in list_checkpoints(folder / "checkpoints"):
+        truncate(path)
+    before = (folder / "metrics.jsonl").read_bytes()
+    code, message = command(config)
+    assert code == 1
+    assert f"none of the {STEPS // INTERVAL} checkpoints in" in message
+    assert "move the folder away to start the run afresh" in message
+    assert (folder / "metrics.jsonl").read_bytes() == before
+
+
+def test_the_command_changes_hyperparameters_only_by_name(
+    run: tuple[Path, Path], command: Command
+) -> None:
+    config, folder = run
+    before = (folder / "config.yaml").read_bytes()
+    change = ["--hyperparams.eps", "1e-7", "--hyperparams.beta1", "0.8"]
+    code, message = command(config, *change)
+    assert code == 2
+    assert "already holds another run" in message
+    code, message = command(config, *change, "--allow-hp-change", "*.eps")
+    assert code == 1
+    assert "--allow-hp-change embedding.beta1" in message
+    assert (folder / "config.yaml").read_bytes() == before, "a refused change changes nothing"
+    allow = ["--allow-hp-change", "*.eps", "--allow-hp-change", "*.beta1"]
+    assert command(config, *change, *allow) == (0, "")
+    assert (folder / "config.1.yaml").read_bytes() == before
+    assert load_config(folder / "config.yaml").hyperparams.beta1 == 0.8
+    events = [row for row in read_metrics(folder / "metrics.jsonl") if row["kind"] == "event"]
+    assert events[0]["message"].startswith("hyperparameters changed on request:\nmodule")
+    assert read_table(checkpoint_path(folder / "checkpoints", STEPS))["modules"][0]["beta1"] == 0.8
