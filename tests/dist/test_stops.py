@@ -98,6 +98,7 @@ def test_torchrun_passes_the_signal_on(
     assert_stopped_and_resumes_like(folder, config, undisturbed)
 
 
+@pytest.mark.slow
 def test_a_hung_rank_ends_the_job_with_the_stacks_of_all(corpus: Path, tmp_path: Path) -> None:
     folder, timeout_s = tmp_path / "run", 6
     config = write_run(folder, corpus, training__timeout_s=timeout_s)

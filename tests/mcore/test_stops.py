@@ -174,6 +174,7 @@ sys.exit(run_command(main))
 """
 
 
+@pytest.mark.slow
 def test_a_second_signal_in_a_save_does_no_harm(
     corpus: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
