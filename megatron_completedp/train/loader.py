@@ -59,6 +59,9 @@ def steps_of_batches(
         pin_memory=workers > 0,
         worker_init_fn=ignore_in_worker,
         collate_fn=_collate,
+        # Torch draws a seed for workers from it. The default generator belongs to the checkpoint:
+        # drawing from it would leave its state to the number of restarts and evaluations.
+        generator=torch.Generator(),
     )
     if workers:
         atexit.register(_kill_workers)

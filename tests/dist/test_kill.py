@@ -63,9 +63,10 @@ def test_killed_runs_end_as_if_undisturbed(
     assert report["equal_shards"]
     in_a_save = sum(kill["saving"] for kill in report["kills"])
     print(f"{kills} kills, {in_a_save} of them in a save, {report['seconds']} s")
+    # Kills that prove nothing would pass as well.
+    assert any(kill["after"] > kill["before"] for kill in report["kills"])
     if kills >= 15:
-        assert in_a_save >= kills // 5, "too few kills hit a save to say anything about saves"
-        assert any(kill["after"] > kill["before"] for kill in report["kills"])
+        assert in_a_save >= kills // 5
 
 
 def kill_runs(configs: list[Path], *, kills: int, seed: int) -> dict[str, Any]:

@@ -63,3 +63,10 @@ def test_a_resumed_run_reads_what_the_whole_one_would(workers: int) -> None:
     for step, resumed in zip(whole[4:], rest, strict=True):
         for one, other in zip(step, resumed, strict=True):
             assert torch.equal(one["tokens"], other["tokens"])
+
+
+def test_reading_draws_nothing_from_the_default_generator() -> None:
+    before = torch.get_rng_state()
+    mine = share(micro=3, rank=0, ranks=2)
+    assert len(list(steps_of_batches(Counting(), mine, first_step=0, steps=2, workers=0))) == 2
+    assert torch.equal(torch.get_rng_state(), before)
