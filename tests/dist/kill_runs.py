@@ -17,6 +17,7 @@ import socket
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -101,17 +102,27 @@ def newest_step(folder: Path) -> int:
     return step_of(found[-1])
 
 
-def wait_for_a_step(folder: Path, after: int, timeout_s: float = 60) -> None:
-    """Until a step beyond `after` is in the metrics."""
+def has_step(folder: Path, after: int) -> bool:
+    """Whether a step beyond `after` is in the metrics."""
+    return max(train_steps(folder), default=0) > after
+
+
+def is_saving(folder: Path) -> bool:
+    """Whether a checkpoint is being written, or was when the run was killed."""
+    return any((folder / "checkpoints").glob(".writing_*"))
+
+
+def wait_until(condition: Callable[[], bool], timeout_s: float = 120) -> None:
+    """Look every few milliseconds. Raises TimeoutError."""
     deadline = time.monotonic() + timeout_s
-    while max(train_steps(folder), default=0) <= after:
+    while not condition():
         if time.monotonic() > deadline:
-            raise TimeoutError(f"no step after {after} within {timeout_s} s")
-        time.sleep(0.005)
+            raise TimeoutError(f"it did not happen within {timeout_s} s")
+        time.sleep(0.003)
 
 
-def live_and_die(config: Path, log: Path, delay_s: float, *, early: bool) -> dict[str, Any]:
-    """Start the run and kill it `delay_s` after its first new step (`early`: after its start).
+def live_and_die(config: Path, log: Path, after: str, delay_s: float) -> dict[str, Any]:
+    """Start the run and kill it `delay_s` after its `start`, its first `step` or a `save`'s start.
 
     Returns what was there before and after.
     """
@@ -119,20 +130,21 @@ def live_and_die(config: Path, log: Path, delay_s: float, *, early: bool) -> dic
     folder = Path(run.run_dir)
     before = newest_step(folder)
     life = Life(config, log)
-    if not early:
-        wait_for_a_step(folder, before)
+    if after != "start":
+        wait_until(lambda: has_step(folder, before))
+    if after == "save":
+        wait_until(lambda: is_saving(folder))
     time.sleep(delay_s)
     life.kill()
     life.codes()
-    after = newest_step(folder)
     reported = max(train_steps(folder), default=0)
     planned = json.loads(json.dumps(Plan.of(run).resolved.as_json()))
     checkpoints = list_checkpoints(folder / "checkpoints")
     return {
         "before": before,
-        "after": after,
+        "after": newest_step(folder),
         "reported": reported,
-        "saving": any((folder / "checkpoints").glob(".writing_*")),
+        "saving": is_saving(folder),
         "same_hyperparams": all(read_table(path) == planned for path in checkpoints),
         "kept": len(checkpoints),
     }
@@ -160,7 +172,7 @@ def main() -> None:
     runs = [load_config(config) for config in (arguments.undisturbed, arguments.killed)]
     folders = [Path(run.run_dir) for run in runs]
     life = Life(arguments.undisturbed, log)
-    wait_for_a_step(folders[0], 0)
+    wait_until(lambda: has_step(folders[0], 0))
     first = time.monotonic()
     codes = life.codes()
     # The time from one save to the next, so that fast machines and slow ones kill alike.
@@ -168,10 +180,14 @@ def main() -> None:
     generator = random.Random(arguments.seed)
     kills = []
     for number in range(arguments.kills):
-        # Every fifth life is cut in its start-up: while it resumes, or before anything.
-        early = number % 5 == 4
-        delay_s = generator.uniform(0, (first - began) if early else 2 * cycle_s)
-        kills.append(live_and_die(arguments.killed, log, delay_s, early=early))
+        after = ("step", "save", "step", "save", "start")[number % 5]
+        bounds_s = {
+            "step": (cycle_s, 3 * cycle_s),
+            "save": (0, cycle_s / 2),
+            "start": (0, first - began),
+        }
+        delay_s = generator.uniform(*bounds_s[after])
+        kills.append(live_and_die(arguments.killed, log, after, delay_s))
     codes += Life(arguments.killed, log).codes()
     report = {
         "kills": kills,

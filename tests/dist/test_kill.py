@@ -15,8 +15,7 @@ pytest.importorskip("megatron.core")
 
 from tests.mcore.train_runs import ROOT, losses, make_corpus, write_run
 
-#: Steps between checkpoints: a save takes several times as long as a step, so that about every
-#: second kill falls into one.
+#: Steps between checkpoints; a save takes several times as long as a step.
 INTERVAL = 2
 
 
@@ -41,7 +40,7 @@ def test_killed_runs_end_as_if_undisturbed(
             tmp_path / name,
             corpus,
             parallel={"use_distributed_optimizer": True},
-            # A life lasts for at most two saves and a step; the last one must be left some.
+            # A life lasts for at most three saves and a step; the last one must be left some.
             training__train_steps=3 * INTERVAL * (kills + 1),
             evaluation__interval=3 * INTERVAL * (kills + 1),
             checkpoint={"interval": INTERVAL, "keep_last": 2, "asynchronous": asynchronous},
