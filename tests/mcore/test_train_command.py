@@ -230,13 +230,8 @@ def test_bad_data(
             2,
             ["evaluation.samples is 6; expected a multiple of 4", "micro_batch_size", "e.g. 4"],
         ),
-        (
-            {"multipliers": {"types": {"q": {"lr_mult": 2.0}}}},
-            2,
-            ["linear_qkv.weight fuses k, q, v", "one set per tensor", "equal multipliers"],
-        ),
     ],
-    ids=["vocab", "train", "valid", "tokenizer", "samples", "world", "batch", "fused"],
+    ids=["vocab", "train", "valid", "tokenizer", "samples", "world", "batch"],
 )
 def test_bad_runs(
     corpus: Path,
