@@ -1,0 +1,150 @@
+"""What a check found: findings against their bounds, figures, tables, and what it does not show.
+
+A check returns a `Report` and draws nothing itself; `page.write_report` makes the files of it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from megatron_completedp.core.render import text_table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One measured number and the bounds it was held to."""
+
+    what: str
+    """What was measured, e.g. `slope of the change of q in width, step 10`."""
+    value: float
+    """The measurement; NaN, which fails, where there is none."""
+    low: float
+    """Smallest value that passes; -inf for none."""
+    high: float
+    """Largest value that passes; inf for none."""
+    note: str = ""
+    """Why this bound, or what to look at when it fails."""
+
+    @property
+    def passed(self) -> bool:
+        """Whether the value lies within the bounds; NaN lies nowhere."""
+        return self.low <= self.value <= self.high
+
+    @property
+    def bounds(self) -> str:
+        """The bounds in words."""
+        if math.isinf(self.low) and math.isinf(self.high):
+            return "any number"
+        if math.isinf(self.low):
+            return f"at most {self.high:.4g}"
+        if math.isinf(self.high):
+            return f"at least {self.low:.4g}"
+        return f"{self.low:.4g} to {self.high:.4g}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class FigureSpec:
+    """A figure by name; `draw` gets an empty matplotlib figure in the style of `plot`."""
+
+    name: str
+    """File name without its ending: NAME.png and NAME.svg."""
+    caption: str
+    """What is drawn and how to read it, for someone who has not read the check."""
+    draw: Callable[[Figure], None]
+    """Fills the figure."""
+    size: tuple[float, float] = (5.0, 3.6)
+    """Width and height in inches. Wider than 6 fills the page and scrolls on a phone."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """Numbers behind the findings, already formatted. First column left, the others right."""
+
+    title: str
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    note: str = ""
+    """How to read it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """Everything one check has to say."""
+
+    title: str
+    question: str
+    """The question that the verdict answers, ending in a question mark."""
+    command: str
+    """The command line that made it."""
+    findings: tuple[Finding, ...]
+    figures: tuple[FigureSpec, ...] = ()
+    tables: tuple[Table, ...] = ()
+    settings: Mapping[str, str]
+    """What it was run with, formatted."""
+    exceptions: tuple[str, ...] = ()
+    """Documented exceptions, doubts, and what the check does not show."""
+
+    @property
+    def passed(self) -> bool:
+        """Whether every finding passed. A check that found nothing has shown nothing: it fails."""
+        return bool(self.findings) and all(finding.passed for finding in self.findings)
+
+    @property
+    def verdict(self) -> str:
+        """The verdict in a line."""
+        count = len(self.findings)
+        failed = sum(not finding.passed for finding in self.findings)
+        if self.passed:
+            return f"PASSED: {count} of {count} findings within their bounds"
+        if not count:
+            return "FAILED: nothing was measured"
+        return f"FAILED: {failed} of {count} findings outside their bounds"
+
+
+def report_json(report: Report) -> dict[str, Any]:
+    """The report as plain data, for scripts; null stands for a missing value or bound."""
+    return {
+        "title": report.title,
+        "passed": report.passed,
+        "verdict": report.verdict,
+        "question": report.question,
+        "command": report.command,
+        "findings": [
+            {
+                "what": finding.what,
+                "passed": finding.passed,
+                "value": _finite(finding.value),
+                "low": _finite(finding.low),
+                "high": _finite(finding.high),
+                "note": finding.note,
+            }
+            for finding in report.findings
+        ],
+        "settings": dict(report.settings),
+        "exceptions": list(report.exceptions),
+    }
+
+
+def print_report(report: Report) -> str:
+    """The terminal's text: the verdict, then every finding with those that failed first."""
+    ordered = sorted(report.findings, key=lambda finding: finding.passed)
+    rows = [
+        ["ok" if item.passed else "FAIL", item.what, f"{item.value:.4g}", item.bounds, item.note]
+        for item in ordered
+    ]
+    lines = [report.title, report.verdict, report.question, ""]
+    lines.append(text_table(["", "finding", "value", "expected", "note"], rows, left=2))
+    if report.exceptions:
+        lines += ["", "exceptions and limits"]
+        lines += [f"- {text}" for text in report.exceptions]
+    return "\n".join(lines)
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

@@ -1,0 +1,120 @@
+"""results.jsonl: what a check measured, one JSON object a line, kept over crashes and restarts.
+
+The first line says what the rows are measurements of; rows are only ever appended, and several
+processes may append at once.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from megatron_completedp.data.atomic import sync_directory
+from megatron_completedp.errors import ConfigError, DataError
+
+#: Stands for a setting that only one of two identities has.
+_ABSENT = "(absent)"
+
+
+class Results:
+    """The rows of one check in one file.
+
+    `identity` is what decides what a row means: the base, the steps, the data. Leave out what only
+    decides how many rows there are (seeds, sizes, values of a sweep) where a row names its own, and
+    how fast they come (workers), so that a study can be extended in place.
+    """
+
+    def __init__(self, path: Path, identity: Mapping[str, Any]) -> None:
+        """Open or start the file. Raises ConfigError when its rows are of another identity."""
+        self.path = path
+        # As it reads back: a tuple is a list, a number as a key is text.
+        self._identity: dict[str, Any] = json.loads(json.dumps(identity))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with self._locked() as stream:
+            lines = stream.read().splitlines()
+            if lines:
+                self._compare(_parse(path, 1, lines[0]))
+            else:
+                stream.write(_line({"hash": _digest(self._identity), "identity": self._identity}))
+        sync_directory(path.parent)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Every row so far, other processes' too, in the order they were appended.
+
+        A last line without its end was torn by a crash and is no row. Raises DataError for any
+        other line that is not JSON.
+        """
+        whole, _, _ = self.path.read_bytes().rpartition(b"\n")
+        lines = enumerate(whole.splitlines(), start=1)
+        next(lines)
+        return [_parse(self.path, number, line) for number, line in lines]
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        """Add one row; it is on the disk when this returns."""
+        with self._locked() as stream:
+            stream.write(_line(row))
+
+    @contextmanager
+    def _locked(self) -> Iterator[BinaryIO]:
+        """The file at its end, this process alone in it, a torn last line cut off.
+
+        Whoever tore the line is gone: a living writer would hold the lock.
+        """
+        with self.path.open("a+b") as stream:
+            fcntl.flock(stream, fcntl.LOCK_EX)
+            stream.seek(0)
+            stream.truncate(stream.read().rfind(b"\n") + 1)
+            stream.seek(0)
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+
+    def _compare(self, header: dict[str, Any]) -> None:
+        if "identity" not in header:
+            raise DataError(
+                f"{self.path}: line 1 is no header of a results file; delete the file or give "
+                "another --out."
+            )
+        differences = list(_differences(header["identity"], self._identity))
+        if differences:
+            raise ConfigError(
+                f"{self.path} holds results of another config: {'; '.join(differences)}. Give "
+                "another --out, or delete the folder to measure again."
+            )
+
+
+def _differences(saved: object, now: object, path: str = "") -> Iterator[str]:
+    """Each value that differs, as `path: saved ..., now ...`."""
+    if isinstance(saved, dict) and isinstance(now, dict):
+        for key in sorted(saved.keys() | now.keys()):
+            below = f"{path}.{key}" if path else key
+            yield from _differences(saved.get(key, _ABSENT), now.get(key, _ABSENT), below)
+    elif saved != now:
+        yield f"{path} was {saved}, is now {now}"
+
+
+def _parse(path: Path, number: int, line: bytes) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        row = None
+    if not isinstance(row, dict):
+        raise DataError(
+            f"{path}: line {number} is not a JSON object. Only the last line can be torn by a "
+            "crash; restore the file or delete it to measure again."
+        )
+    return row
+
+
+def _line(row: Mapping[str, Any]) -> bytes:
+    return json.dumps(row).encode() + b"\n"
+
+
+def _digest(identity: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
