@@ -66,22 +66,34 @@ def load_run(
 ) -> tuple[RunConfig, E]:
     """The run that `--config` and the flags in `argv` describe, and the command's own flags.
 
-    `extra` is a dataclass with the command's own flags. A flag overrides the YAML's value, which
-    overrides the default; only the merged whole is checked. Usage errors and `--help` leave through
-    SystemExit (2 and 0); a bad value raises ConfigError.
+    Arguments and errors as for `read_arguments`; a bad value raises ConfigError.
+    """
+    tree, own = read_arguments(argv, RunConfig, prog=prog, description=description, extra=extra)
+    return build(RunConfig, tree), own
+
+
+def read_arguments(
+    argv: Sequence[str], config: type, *, prog: str, description: str, extra: type[E]
+) -> tuple[dict[str, Any], E]:
+    """The tree, not yet checked, from which `build` makes a `config`, and the command's own flags.
+
+    `config` is a config dataclass; `extra` is a dataclass with the command's own flags. A flag
+    overrides the value in the YAML of `--config`, which overrides the default; only the merged
+    whole is to be checked. Usage errors and `--help` leave through SystemExit (2 and 0); a YAML
+    file that cannot be read raises ConfigError.
     """
     arguments = make_dataclass(
         "Arguments",
         [
             ("config", Annotated[str | None, _CONFIG_FLAG], None),
             ("extra", Annotated[extra, tyro.conf.arg(name="")], MISSING),
-            ("run", Annotated[_flags(RunConfig), tyro.conf.arg(name="")], MISSING),
+            ("values", Annotated[_flags(config), tyro.conf.arg(name="")], MISSING),
         ],
         kw_only=True,
     )
     given: Any = tyro.cli(arguments, prog=prog, description=description, args=list(argv))
     tree = {} if given.config is None else read_yaml(given.config)
-    return build(RunConfig, merge(tree, given.run)), given.extra
+    return merge(tree, given.values), given.extra
 
 
 def merge(tree: Mapping[str, Any], flags: Mapping[str, Any]) -> dict[str, Any]:
@@ -141,7 +153,9 @@ def _flag(entry: Entry, path: str) -> Any:
     """
     kind, metavar = entry.annotation, None
     if get_origin(kind) is tuple:
-        metavar = f"[{_METAVARS[get_args(kind)[0]]} ...]"
+        item = get_args(kind)[0]
+        # An item that is a section of its own, such as a source, is named by one word of text.
+        metavar = f"[{_METAVARS.get(item, item.__name__.upper())} ...]"
         kind = tuple[str, ...]
     elif kind in _METAVARS:
         metavar = _METAVARS[kind] + (" | None" if entry.optional else "")
@@ -168,6 +182,6 @@ def _default_text(entry: Entry) -> str:
 
 _CONFIG_FLAG = tyro.conf.arg(
     metavar="PATH",
-    help="YAML file of the run; flags override its values.",
+    help="YAML file with these settings; flags override its values.",
     help_behavior_hint="",
 )

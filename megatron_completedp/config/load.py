@@ -10,7 +10,7 @@ import difflib
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, is_dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -82,12 +82,17 @@ def load_config(path: str | Path) -> RunConfig:
     return build(RunConfig, read_yaml(path))
 
 
-def build(cls: type[T], tree: object, path: str = "") -> T:
+def build(cls: type[T], tree: object) -> T:
     """An instance of the config dataclass `cls` from plain mappings, lists and scalars.
 
-    `path` is where `tree` stands in the file, for messages. Raises ConfigError for unknown keys,
-    missing keys and wrong types; the dataclass itself then checks the values.
+    Raises ConfigError for unknown keys, missing keys and wrong types; the dataclass itself then
+    checks the values.
     """
+    return _build(cls, tree, "", cls)
+
+
+def _build(cls: type[T], tree: object, path: str, root: type) -> T:
+    """`build` for the section `cls` that stands at `path` of the whole config `root`."""
     if not isinstance(tree, Mapping):
         raise ConfigError(
             f"{path} is {_show(tree)}; expected a section with keys "
@@ -96,7 +101,7 @@ def build(cls: type[T], tree: object, path: str = "") -> T:
     names = [entry.name for entry in keys(cls)]
     for key in tree:
         if key not in names:
-            raise ConfigError(_unknown_key(str(key), names, path))
+            raise ConfigError(_unknown_key(str(key), names, path, root))
     missing = list(_missing(cls, tree, path))
     if missing:
         raise ConfigError(f"missing: {'; '.join(missing)}. Add to the YAML or give as flags.")
@@ -105,11 +110,11 @@ def build(cls: type[T], tree: object, path: str = "") -> T:
         if entry.inline:
             own = {key.name for key in keys(entry.annotation)}
             part = {name: value for name, value in tree.items() if name in own}
-            values[entry.name] = build(entry.annotation, part, path)
+            values[entry.name] = _build(entry.annotation, part, path, root)
         elif entry.name in tree:
             value, where = tree[entry.name], _join(path, entry.name)
             null = value is None and entry.optional
-            values[entry.name] = None if null else _convert(entry.annotation, value, where)
+            values[entry.name] = None if null else _convert(entry.annotation, value, where, root)
     return cls(**values)
 
 
@@ -125,7 +130,7 @@ def to_tree(config: object) -> dict[str, Any]:
     return tree
 
 
-def to_yaml(config: RunConfig) -> str:
+def to_yaml(config: object) -> str:
     """YAML with every value of `config` written out; loading it gives an equal config."""
     return str(yaml.safe_dump(to_tree(config), sort_keys=False))
 
@@ -154,38 +159,47 @@ def _missing(cls: type, tree: Mapping[str, Any], path: str) -> Iterator[str]:
             yield f"{where} ({entry.doc.rstrip('.')})"
 
 
-def _convert(annotation: Any, value: object, path: str) -> Any:
+def _convert(annotation: Any, value: object, path: str, root: type) -> Any:
     """`value` as `annotation` asks, or a ConfigError naming path, value and expected type."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if is_dataclass(annotation):
-        return build(annotation, value, path)  # type: ignore[arg-type]
+        return _build(annotation, value, path, root)  # type: ignore[arg-type]
     if origin is Literal:
-        if isinstance(value, str) and value in arguments:
-            return value
-        raise _wrong(path, value, f"one of {', '.join(arguments)}")
+        return _one_of(arguments, value, path)
+    if isinstance(annotation, type) and issubclass(annotation, StrEnum):
+        return annotation(_one_of([str(member) for member in annotation], value, path))
     if origin is tuple:
         if not isinstance(value, list | tuple):
             raise _wrong(path, value, "a list")
         return tuple(
-            _convert(arguments[0], item, f"{path}[{index}]") for index, item in enumerate(value)
+            _convert(arguments[0], item, f"{path}[{index}]", root)
+            for index, item in enumerate(value)
         )
     if isinstance(origin, type) and issubclass(origin, Mapping):
-        return _convert_mapping(arguments[0], arguments[1], value, path)
+        return _convert_mapping(arguments[0], arguments[1], value, path, root)
     return _convert_scalar(annotation, value, path)
 
 
+def _one_of(names: Sequence[str], value: object, path: str) -> str:
+    if isinstance(value, str) and value in names:
+        return value
+    raise _wrong(path, value, f"one of {', '.join(names)}")
+
+
 def _convert_mapping(
-    key_type: type[StrEnum], value_type: type, value: object, path: str
-) -> Mapping[StrEnum, Any]:
+    key_type: type[str], value_type: type, value: object, path: str, root: type
+) -> Mapping[str, Any]:
+    """A mapping whose keys are a StrEnum's members, or any text."""
     if not isinstance(value, Mapping):
         raise _wrong(path, value, "a mapping")
-    names = [str(member) for member in key_type]
-    for key in value:
-        if key not in names:
-            raise ConfigError(_unknown_key(str(key), names, path))
+    if issubclass(key_type, StrEnum):
+        names = [str(member) for member in key_type]
+        for key in value:
+            if key not in names:
+                raise ConfigError(_unknown_key(str(key), names, path, root))
     return MappingProxyType(
         {
-            key_type(key): _convert(value_type, item, _join(path, str(key)))
+            key_type(key): _convert(value_type, item, _join(path, str(key)), root)
             for key, item in value.items()
         }
     )
@@ -231,14 +245,14 @@ def _plain(value: object) -> Any:
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, tuple):
         return [_plain(item) for item in value]
-    return value
+    return str(value) if isinstance(value, StrEnum) else value
 
 
-def _unknown_key(key: str, names: list[str], path: str) -> str:
-    """The message for a key that is not among `names` of the section at `path`."""
+def _unknown_key(key: str, names: list[str], path: str, root: type) -> str:
+    """The message for a key that is not among `names` of the section at `path` of `root`."""
     near = [_join(path, name) for name in difflib.get_close_matches(key, names)]
     # A right name in the wrong section is as common as a misspelt one.
-    near += [leaf for leaf in leaf_paths(RunConfig) if leaf.split(".")[-1] == key]
+    near += [leaf for leaf in leaf_paths(root) if leaf.split(".")[-1] == key]
     hint = f"did you mean {' or '.join(near)}?" if near else f"expected one of {', '.join(names)}."
     return f"unknown key {_join(path, key)}; {hint}"
 
