@@ -51,9 +51,8 @@ class Results:
         other line that is not JSON.
         """
         whole, _, _ = self.path.read_bytes().rpartition(b"\n")
-        lines = enumerate(whole.splitlines(), start=1)
-        next(lines)
-        return [_parse(self.path, number, line) for number, line in lines]
+        rows = whole.splitlines()[1:]
+        return [_parse(self.path, number, line) for number, line in enumerate(rows, start=2)]
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Add one row; it is on the disk when this returns."""

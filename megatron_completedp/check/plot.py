@@ -1,0 +1,130 @@
+"""One style for every figure of a check, and the few helpers that their drawings share.
+
+Readable when a phone shows them 360 pixels wide, and without telling red from green: colours are
+Okabe and Ito's (2008) or a run of viridis, and lines carry their names where they end.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from cycler import cycler
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+from megatron_completedp.check.report import FigureSpec
+
+#: Okabe and Ito's colours for colour-blind readers, without the yellow that white swallows.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+
+STYLE: Any = {
+    "axes.edgecolor": "#555555",
+    "axes.grid": True,
+    "axes.prop_cycle": cycler(color=COLORS),
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlelocation": "left",
+    "axes.titlesize": "medium",
+    "figure.constrained_layout.use": True,
+    "figure.facecolor": "white",
+    "font.size": 10,
+    "grid.color": "#e4e4e4",
+    "legend.frameon": False,
+    "lines.linewidth": 1.8,
+    "lines.markersize": 5,
+    "savefig.dpi": 200,
+    # Names inside the SVG come from its content and not from chance.
+    "svg.hashsalt": "megatron_completedp",
+}
+
+#: Distance between two labels, in font sizes.
+_LABEL_GAP = 1.25
+
+
+def render(spec: FigureSpec) -> dict[str, bytes]:
+    """The figure as PNG (200 dots per inch) and SVG files."""
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=spec.size)
+        spec.draw(figure)
+        # No dates and versions inside: the same figure is the same file.
+        return {
+            "png": _save(figure, "png", {"Software": None}),
+            "svg": _save(figure, "svg", {"Date": None}),
+        }
+
+
+def _save(figure: Figure, kind: str, metadata: dict[str, None]) -> bytes:
+    stream = io.BytesIO()
+    figure.savefig(stream, format=kind, metadata=metadata)
+    return stream.getvalue()
+
+
+def ladder_colors(count: int) -> list[tuple[float, ...]]:
+    """`count` colours from dark to light for sizes from small to large (viridis)."""
+    # The last part of viridis is too light for lines on white.
+    return [mpl.colormaps["viridis"](0.8 * index / max(count - 1, 1)) for index in range(count)]
+
+
+def log2_axis(axes: Axes, values: Sequence[float]) -> None:
+    """A horizontal axis in octaves with a tick, written as a plain number, at each of `values`."""
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_locator(FixedLocator(list(values)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_minor_locator(NullLocator())
+
+
+def label_lines(axes: Axes) -> None:
+    """Write each line's label right of its last finite point, in its colour, none over another.
+
+    Takes the place of a legend. Call it last: it reads the limits of the axes.
+    """
+    size = mpl.rcParams["font.size"]
+    points = axes.figure.dpi / 72
+    ends = []
+    for line in axes.get_lines():
+        label = str(line.get_label())
+        data = np.asarray(line.get_xydata(), float)
+        data = data[np.isfinite(data).all(axis=1)]
+        if len(data) and not label.startswith("_"):
+            x, y = data[-1]
+            height = axes.transData.transform((x, y))[1] / points
+            ends.append((height, (x, y), label, line.get_color()))
+    ends.sort(key=lambda end: end[0])
+    heights = _spread([end[0] for end in ends], _LABEL_GAP * size)
+    for (height, end, label, color), at in zip(ends, heights, strict=True):
+        axes.annotate(
+            label,
+            end,
+            xytext=(size / 2, at - height),
+            textcoords="offset points",
+            va="center",
+            color=color,
+            annotation_clip=False,
+        )
+
+
+def _spread(heights: Sequence[float], gap: float) -> list[float]:
+    """Ascending `heights` moved as little as needed to lie `gap` apart.
+
+    Neighbours that are too near join a group, which is centred on the mean of its members.
+    """
+    groups: list[list[float]] = []
+    for height in heights:
+        groups.append([height])
+        while len(groups) > 1 and _top(groups[-2], gap) + gap > _bottom(groups[-1], gap):
+            last = groups.pop()
+            groups[-1] += last
+    return [_bottom(group, gap) + gap * index for group in groups for index in range(len(group))]
+
+
+def _bottom(group: Sequence[float], gap: float) -> float:
+    return sum(group) / len(group) - gap * (len(group) - 1) / 2
+
+
+def _top(group: Sequence[float], gap: float) -> float:
+    return sum(group) / len(group) + gap * (len(group) - 1) / 2

@@ -1,0 +1,69 @@
+"""Every check in its default small setting, one after another, and a page that links them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from megatron_completedp.check.page import IndexEntry, write_index
+from megatron_completedp.check.settings import PROG
+
+#: From seconds to minutes, so that what fails early says so early.
+SUITE = ("sde", "eps", "gradient", "coordinate", "transfer")
+
+DESCRIPTION = """\
+Run the default small suite (sde, eps, gradient, coordinate, transfer) and write index.html, which
+links the reports with their verdicts. Exits with 1 when one of them failed.
+
+Example:
+  python -m megatron_completedp.check all --out runs/checks
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SuiteFlags:
+    """Flags of `all`."""
+
+    out: Path = Path("runs/checks")
+    """Folder for one folder per check and index.html."""
+
+
+def run_suite(argv: Sequence[str]) -> int:
+    """Run the suite that `argv` describes. Returns 0 when every check passed, else 1."""
+    flags = tyro.cli(SuiteFlags, prog=f"{PROG} all", description=DESCRIPTION, args=list(argv))
+    entries = []
+    for name in SUITE:
+        entries.append(_run_check(name, flags.out))
+        # After each check: an interrupted suite leaves the page of what it did.
+        write_index(flags.out, "Checks of the transfer rules", entries)
+    for entry in entries:
+        print(f"{entry.name:<12}{entry.verdict}")
+    print(f"{flags.out / 'index.html'}")
+    return 0 if all(entry.passed for entry in entries) else 1
+
+
+def _run_check(name: str, out: Path) -> IndexEntry:
+    """One check in a process of its own: what breaks in it leaves the others alone."""
+    started = time.monotonic()
+    report = out / name / "report.json"
+    report.unlink(missing_ok=True)
+    command = [sys.executable, "-m", "megatron_completedp.check", name, "--out", str(out / name)]
+    code = subprocess.run(command, check=False).returncode
+    seconds = f"({time.monotonic() - started:.0f} s)"
+    if not report.exists():
+        verdict = f"FAILED: stopped with exit code {code} before a report {seconds}"
+        return IndexEntry(name=name, verdict=verdict, passed=False, href=None)
+    found = json.loads(report.read_text(encoding="utf-8"))
+    return IndexEntry(
+        name=name,
+        verdict=f"{found['verdict']} {seconds}",
+        passed=found["passed"] and code == 0,
+        href=f"{name}/report.html",
+    )
