@@ -19,8 +19,8 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from megatron_completedp.check.report import FigureSpec
 
-#: Okabe and Ito's colours for colour-blind readers, without the yellow that white swallows.
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+#: Okabe and Ito's colours for colour-blind readers, those with a contrast of 3 to white (WCAG 2).
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000")
 
 STYLE: Any = {
     "axes.edgecolor": "#555555",
@@ -66,8 +66,8 @@ def _save(figure: Figure, kind: str, metadata: dict[str, None]) -> bytes:
 
 def ladder_colors(count: int) -> list[tuple[float, ...]]:
     """`count` colours from dark to light for sizes from small to large (viridis)."""
-    # The last part of viridis is too light for lines on white.
-    return [mpl.colormaps["viridis"](0.8 * index / max(count - 1, 1)) for index in range(count)]
+    # Beyond 0.6 viridis has less than a contrast of 3 to white.
+    return [mpl.colormaps["viridis"](0.6 * index / max(count - 1, 1)) for index in range(count)]
 
 
 def log2_axis(axes: Axes, values: Sequence[float]) -> None:
@@ -100,7 +100,7 @@ def label_lines(axes: Axes) -> None:
         axes.annotate(
             label,
             end,
-            xytext=(size / 2, at - height),
+            xytext=(0.7 * size, at - height),
             textcoords="offset points",
             va="center",
             color=color,
