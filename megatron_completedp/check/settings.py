@@ -53,8 +53,9 @@ def _resolve_run(tree: dict[str, Any], argv: Sequence[str]) -> None:
     parser.add_argument("--config")
     parser.add_argument("--run")
     given, _ = parser.parse_known_args(argv)
-    if given.config is not None and given.run is None and isinstance(tree.get("run"), str):
-        tree["run"] = str(Path(given.config).parent / tree["run"])
+    run = tree.get("run")
+    if given.config and given.run is None and isinstance(run, str) and run:
+        tree["run"] = str(Path(given.config).parent / run)
 
 
 def command_line() -> str:

@@ -90,6 +90,8 @@ def test_a_run_is_looked_for_beside_the_yaml_that_names_it(tmp_path: Path) -> No
     assert _load([f"--config={config}"])[0].run == str(tmp_path / "run.yaml")
     assert _load(["--config", str(config), "--run", "here.yaml"])[0].run == "here.yaml"
     assert _load(["--run", "here.yaml"])[0].run == "here.yaml"
+    config.write_text("run: ''\n")
+    assert _load(["--config", str(config)])[0].run == "", "empty is no path"
 
 
 @pytest.mark.parametrize(
