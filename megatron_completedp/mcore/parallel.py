@@ -79,6 +79,11 @@ def destroy_parallel(*, keep_process_group: bool = False) -> None:
 
     Keep it to set up another layout in the same processes: a second start would race for the port.
     """
+    if dist.is_initialized() and keep_process_group:
+        # Megatron only forgets its groups; each would keep three threads that wake up all the time.
+        for group in parallel_state._global_process_group_list or []:
+            if group is not None:  # None stands for the default group
+                dist.destroy_process_group(group)
     parallel_state.destroy_model_parallel()
     if dist.is_initialized() and not keep_process_group:
         dist.destroy_process_group()

@@ -78,6 +78,22 @@ def test_random_tracker_forks_a_stream_of_its_own() -> None:
     assert not torch.equal(first, second)
 
 
+def test_another_layout_in_the_same_process_leaves_no_groups_behind() -> None:
+    code = """
+import torch.distributed as dist
+from megatron_completedp.config.parallel import ParallelConfig
+from megatron_completedp.mcore.parallel import destroy_parallel, initialize_parallel
+from megatron_completedp.mcore.platform import CpuPlatform
+for _ in range(2):
+    initialize_parallel(CpuPlatform(), ParallelConfig(), timeout_s=60, seed=1)
+    groups = len(dist.distributed_c10d._world.pg_map)
+    destroy_parallel(keep_process_group=True)
+    print(groups > 1, len(dist.distributed_c10d._world.pg_map), dist.get_world_size())
+"""
+    done = run_python(code)
+    assert done.stdout.split() == ["True", "1", "1"] * 2, done.stderr
+
+
 def test_an_unusable_transformer_engine_is_hidden(tmp_path: Path) -> None:
     """The package without its compiled part raises RuntimeError, which Megatron lets through."""
     package = tmp_path / "transformer_engine"
