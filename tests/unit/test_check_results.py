@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +103,20 @@ def test_a_diverged_loss_survives(path: Path) -> None:
     results.append({"id": "c", "loss": float("nan"), "diverged": True})
     loss = results.rows()[-1]["loss"]
     assert loss != loss, "NaN comes back as NaN"
+
+
+def test_an_append_waits_for_whoever_is_in_the_file(path: Path) -> None:
+    results = Results(path, IDENTITY)
+    writer = threading.Thread(target=results.append, args=({"id": "c"},))
+    with path.open("rb") as stream:
+        fcntl.flock(stream, fcntl.LOCK_SH)
+        writer.start()
+        # Far longer than an append takes. Too short a wait could only let a missing lock pass.
+        writer.join(timeout=0.5)
+        assert writer.is_alive()
+        assert results.rows() == ROWS
+    writer.join(timeout=60)
+    assert results.rows() == [*ROWS, {"id": "c"}]
 
 
 WRITER = """
