@@ -41,3 +41,6 @@ class Backend(Protocol):
         self, tensors: Sequence[AdamWTensors], table: Sequence[AdamWValues], inputs: StepInputs
     ) -> None:
         """Update param, exp_avg and exp_avg_sq of all `tensors` in place."""
+
+    def release_gradients(self) -> None:
+        """Let go of the last step's gradients, if any are held; the next step brings its own."""

@@ -1,7 +1,8 @@
 """CPU backend: torch's fused AdamW kernel, called once per set of values on views of its segments.
 
-The kernel passes over memory once whatever the number of views; a view costs it about half a
-microsecond, a call a few.
+The kernel passes over memory once whatever the number of views; a view costs it about a
+microsecond. A call costs about five, and three times that after one so large that it evicted
+torch's code from the processor's caches; so nothing that can be kept between steps is made anew.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from megatron_completedp.optim.segments import AdamWValues, Segment
 
 #: By index of the set of values: the views of its segments, in the order of the tensors.
 _Views = dict[int, list[Tensor]]
+
+_GRAD = AdamWTensors._fields.index("grad")
 
 
 class FlatAdamW:
@@ -39,41 +42,34 @@ class FlatAdamW:
         sizes: Counter[int] = Counter()
         for segment in itertools.chain.from_iterable(segments):
             sizes[segment.values] += segment.length
-        # By size, because a large call evicts torch's code from the processor's caches: a small
-        # call after another small one takes less than half the time.
+        # By size: a small call after another small one finds the caches warm.
         self._order = sorted(sizes, key=sizes.__getitem__)
-        self._addresses: list[int] = []
-        # Views of the weights, first moments and second moments.
-        self._params: _Views = {}
-        self._exp_avgs: _Views = {}
-        self._exp_avg_sqs: _Views = {}
+        # The kernel reads the finished steps, one tensor for each view, and counts nothing itself.
+        self._step = torch.zeros(())
+        counts = Counter(itertools.chain.from_iterable(self._sets))
+        self._steps = {index: [self._step] * count for index, count in counts.items()}
+        # For each field of AdamWTensors: the tensors' addresses and the views made of them.
+        self._addresses: list[list[int]] = [[] for _ in AdamWTensors._fields]
+        self._views: list[_Views] = [{} for _ in AdamWTensors._fields]
 
     def step(
         self, tensors: Sequence[AdamWTensors], table: Sequence[AdamWValues], inputs: StepInputs
     ) -> None:
         """See Backend.step. Raises ConfigError for gradients that are not float32."""
-        for tensor in tensors:
-            if tensor.grad.dtype is not torch.float32:
-                raise ConfigError(
-                    f"a gradient on CPU is {tensor.grad.dtype}; expected float32. Accumulate "
-                    "gradients in float32 (accumulate_allreduce_grads_in_fp32)."
-                )
         self._refresh(tensors)
-        # Not kept between steps: views would hold memory that zero_grad means to free.
-        grads = self._views([tensor.grad for tensor in tensors])
-        # The kernel reads the finished steps, this one included, and counts nothing itself.
-        step = torch.tensor(float(inputs.step))
+        self._step.fill_(inputs.step)
+        params, grads, exp_avgs, exp_avg_sqs = self._views
         # It divides by its grad_scale and stores the quotient in the gradient; None skips both.
         divisor = None if inputs.grad_scale == 1 else torch.tensor(1 / inputs.grad_scale)
         for index in self._order:
-            views, values = self._params[index], table[index]
+            values = table[index]
             torch._fused_adamw_(
-                views,
+                params[index],
                 grads[index],
-                self._exp_avgs[index],
-                self._exp_avg_sqs[index],
+                exp_avgs[index],
+                exp_avg_sqs[index],
                 [],
-                [step] * len(views),
+                self._steps[index],
                 lr=inputs.lr_fraction * values.lr,
                 beta1=values.beta1,
                 beta2=values.beta2,
@@ -84,18 +80,21 @@ class FlatAdamW:
                 grad_scale=divisor,
             )
 
-    def _refresh(self, tensors: Sequence[AdamWTensors]) -> None:
-        """Make the views of weights and moments anew if any of them moved, e.g. on load."""
-        addresses = [
-            tensor.data_ptr() for t in tensors for tensor in (t.param, t.exp_avg, t.exp_avg_sq)
-        ]
-        if addresses != self._addresses:
-            self._params = self._views([t.param for t in tensors])
-            self._exp_avgs = self._views([t.exp_avg for t in tensors])
-            self._exp_avg_sqs = self._views([t.exp_avg_sq for t in tensors])
-            self._addresses = addresses
+    def release_gradients(self) -> None:
+        """See Backend.release_gradients."""
+        self._addresses[_GRAD], self._views[_GRAD] = [], {}
 
-    def _views(self, tensors: Sequence[Tensor]) -> _Views:
+    def _refresh(self, tensors: Sequence[AdamWTensors]) -> None:
+        """Make the views anew of what has moved, such as the moments on load."""
+        for field, column in enumerate(zip(*tensors, strict=True)):
+            addresses = [tensor.data_ptr() for tensor in column]
+            if addresses == self._addresses[field]:
+                continue
+            if field == _GRAD:
+                _check_gradients(column)
+            self._views[field], self._addresses[field] = self._views_of(column), addresses
+
+    def _views_of(self, tensors: Sequence[Tensor]) -> _Views:
         views: _Views = {}
         for tensor, lengths, sets in zip(tensors, self._lengths, self._sets, strict=True):
             # Most tensors are one segment, and making a view costs microseconds.
@@ -103,3 +102,12 @@ class FlatAdamW:
             for part, values in zip(parts, sets, strict=True):
                 views.setdefault(values, []).append(part)
         return views
+
+
+def _check_gradients(grads: Sequence[Tensor]) -> None:
+    for grad in grads:
+        if grad.dtype is not torch.float32:
+            raise ConfigError(
+                f"a gradient on CPU is {grad.dtype}; expected float32. Accumulate gradients in "
+                "float32 (accumulate_allreduce_grads_in_fp32)."
+            )

@@ -8,6 +8,7 @@ table of values plus a map from elements to rows of it say how each element trai
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -137,6 +138,16 @@ class PerModuleAdamW(torch.optim.Optimizer):
             self._backend.step(tensors, self._table, inputs)
         self.grad_scale = 1.0
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Torch's zero_grad; no gradient's memory is held here afterwards.
+
+        A step keeps views of its gradients, because Megatron's gradients are in the same buffers in
+        every step. Gradients that are dropped in another way stay alive until the next step.
+        """
+        super().zero_grad(set_to_none)
+        if self._backend is not None:
+            self._backend.release_gradients()
+
     def _check_held(self, params: Sequence[Tensor]) -> list[Tensor]:
         held = self._held
         if held is None:
@@ -145,7 +156,7 @@ class PerModuleAdamW(torch.optim.Optimizer):
                 "Call assign() after Megatron has built its optimizer."
             )
         present = [param for param in params if param.numel()]
-        if len(present) != len(held) or any(a is not b for a, b in zip(present, held, strict=True)):
+        if len(present) != len(held) or not all(map(operator.is_, present, held)):
             raise ClassificationError(
                 "the tensors in param_groups were replaced after assign(), so their elements have "
                 "no hyperparameters. Call assign() after Megatron has built its optimizer."

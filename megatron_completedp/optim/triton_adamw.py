@@ -109,6 +109,9 @@ class TritonAdamW:
             num_warps=WARPS,
         )
 
+    def release_gradients(self) -> None:
+        """See Backend.release_gradients; this backend keeps addresses alone."""
+
 
 def _block_table(lengths: Sequence[int]) -> Tensor:
     """Int32 (blocks, 2): for every block of every segment its segment and its number therein."""

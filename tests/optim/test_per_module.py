@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import pairwise
 
 import pytest
@@ -201,25 +201,52 @@ def test_values_of_a_checkpoint_change_nothing() -> None:
     assert all(torch.equal(a, b) for a, b in zip(params, twin_params, strict=True))
 
 
-def test_nothing_is_kept_but_the_state() -> None:
+def kept_views(optimizer: PerModuleAdamW) -> list[torch.Tensor]:
+    assert isinstance(optimizer._backend, FlatAdamW)
+    fields = optimizer._backend._views
+    return [view for field in fields for views in field.values() for view in views]
+
+
+def storages(tensors: Iterable[torch.Tensor]) -> set[int]:
+    return {tensor.untyped_storage().data_ptr() for tensor in tensors}
+
+
+def test_nothing_is_kept_but_the_state_and_the_gradients_until_zero_grad() -> None:
     params, segments, table = tiny()
     optimizer = optimizer_of(params, segments, table)
     run(optimizer, 2)
-    known = {param.untyped_storage().data_ptr() for param in params}
-    known |= {
-        moment.untyped_storage().data_ptr()
-        for state in optimizer.state.values()
-        for moment in state.values()
-    }
-    views = [
-        view
-        for batches in vars(optimizer._backend).values()
-        if isinstance(batches, dict)
-        for batch in batches.values()
-        for view in batch
-    ]
+    moments = [moment for state in optimizer.state.values() for moment in state.values()]
+    grads = [param.grad for param in params if param.grad is not None]
+    known = storages([*params, *moments])
+    views = kept_views(optimizer)
+    assert len(views) == 4 * sum(map(len, segments))
+    assert storages(views) == known | storages(grads)
+    optimizer.zero_grad()
+    views = kept_views(optimizer)
     assert len(views) == 3 * sum(map(len, segments))
-    assert {view.untyped_storage().data_ptr() for view in views} == known
+    assert storages(views) == known
+
+
+def test_gradients_that_move_are_followed() -> None:
+    """Kept views of the last step's gradients must not be taken for this step's."""
+    params, segments, table = tiny()
+    twin_params = copy.deepcopy(params)
+    optimizer, twin = (optimizer_of(of, segments, table) for of in (params, twin_params))
+    for number in range(6):
+        for param, other in zip(params, twin_params, strict=True):
+            # One keeps its gradients' memory and the other never does.
+            grad = torch.randn_like(param)
+            param.grad = grad if param.grad is None else param.grad.copy_(grad)
+            other.grad = grad.clone()
+        if number == 3:
+            optimizer.zero_grad(set_to_none=False)
+            twin.zero_grad()
+            for param, other in zip(params, twin_params, strict=True):
+                other.grad = torch.zeros_like(other)
+                assert param.grad is not None
+        optimizer.step()
+        twin.step()
+    assert all(torch.equal(a, b) for a, b in zip(params, twin_params, strict=True))
 
 
 def test_grad_scale_holds_for_one_step_and_scales_grad() -> None:
