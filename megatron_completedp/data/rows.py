@@ -64,8 +64,8 @@ def split_lines(blocks: Iterable[bytes]) -> Iterator[bytes]:
         if start < len(block) and size <= MAX_ROW_BYTES:
             held.append(block[start:])
             size += len(held[-1])
-    if held:
-        yield b"".join(held).removeprefix(mark)
+    if last := b"".join(held).removeprefix(mark):
+        yield last
 
 
 def parse_row(line: bytes, field: str) -> str | Unusual | None:

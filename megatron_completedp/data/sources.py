@@ -98,7 +98,15 @@ def find_files(sources: Sequence[Source]) -> list[SourceFile]:
 
 
 def _shards(source: Source) -> list[SourceFile]:
-    found = list(_search(source.path))
+    try:
+        found = list(_search(source.path))
+    except DataError:
+        raise
+    except Exception as error:  # each protocol raises errors of its own library
+        raise DataError(
+            f"{source.path} cannot be listed ({type(error).__name__}: {error}). Check the path, "
+            "its permissions and, for a URL, the connection."
+        ) from error
     shards = [shard for item in found if (shard := _shard(source, item))]
     left_out = []
     if not source.filter.allow_unrated:

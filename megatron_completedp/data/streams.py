@@ -22,9 +22,9 @@ from megatron_completedp.errors import DataError
 #: Read at once where we choose: few calls, and a block's rows stay in the processor's cache.
 BLOCK_BYTES = 1 << 18
 
-#: Compressed bytes handed to zstandard at once. It returns all that they expand to, most often
-#: about 64 KiB; a stream of nothing but runs expands 32,768 times, which this keeps to 512 MiB.
-_ZSTD_CHUNK_BYTES = 1 << 14
+#: Compressed bytes handed to zstandard at once. It returns all that they expand to: most often
+#: about 16 KiB, and at most 128 MiB, for a stream of nothing but runs expands 32,768 times.
+_ZSTD_CHUNK_BYTES = 1 << 12
 
 
 @dataclass(frozen=True, kw_only=True)
