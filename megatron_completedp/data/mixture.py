@@ -73,8 +73,8 @@ def subset_weights(config: PreprocessConfig, subsets: Collection[str]) -> dict[s
     missing = [name for name in subsets if name not in weights]
     if missing:
         raise ConfigError(
-            f"the subset {missing[0]} has no weight in the mixture of {_names(weights)}; give all of "
-            "them in `weights`, name the source's `subset`, or leave the source out."
+            f"the subset {missing[0]} has no weight in the mixture of {_names(weights)}; give all "
+            "of them in `weights`, name the source's `subset`, or leave the source out."
         )
     return {name: weights[name] for name in subsets}
 
