@@ -1,0 +1,76 @@
+"""The duration exponent p of lr ~ m_D^-p from best learning rates at two or more durations."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_completedp.check.drift import LadderResult, best_of
+from megatron_completedp.check.fit import Interval, bootstrap, slope
+from megatron_completedp.check.ladder import Ladder
+from megatron_completedp.data.atomic import atomic_write
+from megatron_completedp.errors import CompletedPError
+
+#: The line of a run's YAML that holds the exponent, with its comment.
+_LINE = re.compile(r"^duration_exponent:.*\n?", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Exponent:
+    """A fitted duration exponent; NaN where a duration has no optimum."""
+
+    value: float
+    interval: Interval
+
+
+def fitted_exponent(ladder: Ladder, result: LadderResult) -> Exponent:
+    """The p with which the best learning rates of `result` follow m_D^-p.
+
+    A best multiple 2^x at ratio m_D stands for the learning rate base * 2^x * m_D^-q, where q is
+    what the parametrization already applies: the configured exponent under completedp, 0 under the
+    others. So p = q - d x / d log2 m_D. Decay and betas followed q while x was swept; where p comes
+    out far from q, a second calibration with p in the config corrects for that.
+    """
+    applied = 0.0
+    if result.parametrization == "completedp":
+        applied = ladder.base.rules.duration_exponent
+    log2_durations = [math.log2(item.size) for item in result.sizes]
+
+    def exponent(drawn: Sequence[int]) -> float:
+        best = [
+            best_of(item.seeds, drawn, window=ladder.settings.window).x for item in result.sizes
+        ]
+        return applied - slope(log2_durations, best).value
+
+    count = len(ladder.settings.seeds)
+    return Exponent(exponent(range(count)), bootstrap(count, exponent))
+
+
+def write_exponent(path: Path, exponent: Exponent) -> str:
+    """Write the exponent, its interval in a comment, into the run's YAML; what was done, in words.
+
+    Only the one line changes, or is added at the end; the file is replaced whole. Raises
+    CompletedPError, and leaves the file, for an exponent outside what the rules allow.
+    """
+    value = round(exponent.value, 3)
+    if not 0 <= value <= 1:
+        raise CompletedPError(
+            f"the fitted duration exponent is {exponent.value:.3f}; expected a value in [0, 1], so "
+            f"{path} was left as it is. Look at the sweeps: longer horizons, wider sweeps or more "
+            "seeds are needed."
+        )
+    low, high = exponent.interval.low, exponent.interval.high
+    comment = "no interval: too few seeds"
+    if not math.isnan(low):
+        comment = f"95 % interval [{low:.3f}, {high:.3f}]"
+    line = f"duration_exponent: {value}  # fitted by check transfer, {comment}\n"
+    text = path.read_text(encoding="utf-8")
+    text, found = _LINE.subn(line, text)
+    if not found:
+        text = text.rstrip("\n") + "\n" + line
+    with atomic_write(path) as stream:
+        stream.write(text.encode())
+    return f"Wrote duration_exponent: {value} ({comment}) into {path}."

@@ -1,0 +1,126 @@
+"""What a study's rows say: the optimum at every size, how far it moved, and what that costs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from megatron_completedp.check.fit import (
+    Interval,
+    Optimum,
+    SeedCurve,
+    bootstrap,
+    mean_curve,
+    optimum,
+)
+from megatron_completedp.check.ladder import Ladder, Row
+from megatron_completedp.core.tables import Parametrization
+
+
+@dataclass(frozen=True, kw_only=True)
+class SizeResult:
+    """One sweep, all seeds together. Optima and drifts are log2 of multiples, i.e. octaves."""
+
+    size: int
+    seeds: tuple[SeedCurve, ...]
+    """Validation loss by multiple for each seed; infinite where the run diverged."""
+    means: Mapping[float, float]
+    """Mean over the seeds; infinite where any of them diverged."""
+    best: Optimum
+    best_interval: Interval
+    drift: float
+    """Optimum here minus that of the reference size; NaN unless both are bracketed."""
+    drift_interval: Interval
+    transferred: float
+    """Loss at the reference's optimum; infinite where runs diverge there, NaN if not swept."""
+
+    @property
+    def loss_lost(self) -> float:
+        """Nats that the reference's optimum costs here, compared with the optimum here."""
+        return self.transferred - self.best.loss
+
+
+@dataclass(frozen=True, kw_only=True)
+class LadderResult:
+    """The sweeps of one parametrization along the ladder, smallest size first."""
+
+    parametrization: Parametrization
+    sizes: tuple[SizeResult, ...]
+    span: float
+    """Octaves between the outermost optima; NaN when a size has none."""
+    span_interval: Interval
+
+    @property
+    def problems(self) -> list[str]:
+        """Why a size has no optimum to read off."""
+        return [
+            f"size {item.size}: {item.best.problem}" for item in self.sizes if item.best.problem
+        ]
+
+
+def analyse(ladder: Ladder, parametrization: Parametrization, rows: Sequence[Row]) -> LadderResult:
+    """The result of one parametrization, once every run it wants has a row.
+
+    Intervals resample the seeds of all sizes together, because a seed's data order is the same at
+    every size of a width or depth ladder.
+    """
+    sizes = sorted(ladder.settings.sizes)
+    count = len(ladder.settings.seeds)
+    curves = {size: ladder.curves(parametrization, size, rows) for size in sizes}
+
+    def optima(drawn: Sequence[int]) -> dict[int, Optimum]:
+        window = ladder.settings.window
+        return {size: best_of(seeds, drawn, window=window) for size, seeds in curves.items()}
+
+    def span(drawn: Sequence[int]) -> float:
+        found = [best.x for best in optima(drawn).values()]
+        return math.nan if any(map(math.isnan, found)) else max(found) - min(found)
+
+    def result(size: int) -> SizeResult:
+        def drift(drawn: Sequence[int]) -> float:
+            found = optima(drawn)
+            return found[size].x - found[ladder.reference].x
+
+        means = mean_curve(curves[size])
+        return SizeResult(
+            size=size,
+            seeds=tuple(curves[size]),
+            means=means,
+            best=best[size],
+            best_interval=bootstrap(count, lambda drawn: optima(drawn)[size].x),
+            drift=drift(everyone),
+            drift_interval=bootstrap(count, drift),
+            transferred=loss_at(best[ladder.reference].x, means, best[size]),
+        )
+
+    everyone = range(count)
+    best = optima(everyone)
+    return LadderResult(
+        parametrization=parametrization,
+        sizes=tuple(result(size) for size in sizes),
+        span=span(everyone),
+        span_interval=bootstrap(count, span),
+    )
+
+
+def best_of(seeds: Sequence[SeedCurve], drawn: Sequence[int], *, window: float) -> Optimum:
+    """The optimum by the mean over the `drawn` seeds, which may name one several times."""
+    return optimum(mean_curve([seeds[index] for index in drawn]), window=window)
+
+
+def loss_at(x: float, means: Mapping[float, float], best: Optimum) -> float:
+    """The loss at `x`: by the parabola among its points, else on the line between two means.
+
+    So it is the parabola's own minimum at the optimum. Infinite beside a diverged value, NaN
+    outside the sweep.
+    """
+    if best.bracketed and best.used[0] <= x <= best.used[-1]:
+        return best.at(x)
+    for left, right in pairwise(sorted(means)):
+        if left <= x <= right:
+            share = (x - left) / (right - left)
+            low, high = means[left], means[right]
+            return low + share * (high - low) if math.isfinite(low + high) else math.inf
+    return math.nan

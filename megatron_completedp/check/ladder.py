@@ -1,0 +1,289 @@
+"""The runs of a transfer study: one axis grows, one hyperparameter is swept, all else is pinned."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from megatron_completedp.check.fit import mean_curve
+from megatron_completedp.check.transfer_settings import TransferSettings
+from megatron_completedp.config.load import NOT_THE_RUN, to_tree
+from megatron_completedp.config.run import RunConfig
+from megatron_completedp.config.sections import CheckpointConfig, DivergenceConfig, LoggingConfig
+from megatron_completedp.core.ratios import Ratios
+from megatron_completedp.core.shape import ModelShape
+from megatron_completedp.core.tables import Parametrization
+from megatron_completedp.errors import ConfigError
+from megatron_completedp.plan.run_plan import Plan
+
+Row = Mapping[str, Any]
+
+#: A sweep is not refined below this distance from a diverged value, in octaves.
+FINEST_STEP = 0.125
+
+
+@dataclass(frozen=True)
+class Point:
+    """One run of the study."""
+
+    id: str
+    """Names its folder and its row. Points whose runs have the same numbers have one id."""
+    config: RunConfig
+    labels: Mapping[str, Any]
+    """What its row says about it: parametrization, size, log2_multiple, seed and swept value."""
+
+
+class Ladder:
+    """Every run that a study wants, derived from its settings, its base run and its rows so far."""
+
+    def __init__(self, settings: TransferSettings, base: RunConfig, runs: Path) -> None:
+        """`runs` is the folder of the run folders.
+
+        Raises ConfigError for sizes that are no size of the base run, and what `Plan.of` raises,
+        for all runs of the first sweep at once: nothing is trained before every run is known to be
+        possible.
+        """
+        self.settings = settings
+        self.base = base
+        self.runs = runs
+        # Asked for after every round; resolving the rules of a deep model takes milliseconds.
+        self._configs: dict[tuple[Parametrization, int, float], tuple[RunConfig, str]] = {}
+        if getattr(base.hyperparams, settings.swept) == 0:
+            raise ConfigError(
+                f"hyperparams.{settings.swept} is 0 in the base run, and its multiples are too; "
+                "give it a positive value."
+            )
+        for parametrization in settings.parametrizations:
+            for size in settings.sizes:
+                self.points(parametrization, size, settings.log2_multiples)
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """What the rows of this study are measurements of; a row names the rest itself."""
+        tree = to_tree(self.base)
+        samples = tree["evaluation"]["samples"]
+        for path in (*NOT_THE_RUN, "seed", "parametrization"):
+            *sections, name = path.split(".")
+            parent = tree
+            for section in sections:
+                parent = parent[section]
+            del parent[name]
+        settings = self.settings
+        return {"axis": settings.axis, "swept": settings.swept, "samples": samples, "run": tree}
+
+    @cached_property
+    def reference(self) -> int:
+        """The size from which the best value is carried over: the base's own, else the smallest."""
+        smallest = min(self.settings.sizes)
+        at_base = (size for size in self.settings.sizes if self.sized(size).ratios == Ratios())
+        return next(at_base, smallest)
+
+    def sized(self, size: int) -> RunConfig:
+        """The base run grown to `size`, with the base's hyperparameters and one evaluation."""
+        base, model, training = self.base, self.base.model, self.base.training
+        batch, tokens = training.global_batch_size, base.train_tokens
+        match self.settings.axis:
+            case "width":
+                model = widened(model, size)
+            case "depth":
+                model = replace(model, num_layers=size)
+            case "batch":
+                batch = size
+            case "duration":
+                tokens = size
+            case "joint":
+                model = widened(model, size * model.hidden_size)
+                model = replace(model, num_layers=size * model.num_layers)
+                batch, tokens = size * batch, size * size * tokens
+        config = replace(
+            base,
+            base=base.base or base.scale,
+            model=model,
+            training=replace(
+                training,
+                global_batch_size=batch,
+                micro_batch_size=math.gcd(batch, training.micro_batch_size),
+                train_tokens=tokens,
+                train_steps=None,
+            ),
+            # Short runs: a stop saves, nothing else does, and a run that diverged is a result.
+            checkpoint=CheckpointConfig(interval=0, save_at_end=False),
+            divergence=DivergenceConfig(),
+        )
+        return replace(
+            config,
+            evaluation=replace(base.evaluation, interval=config.steps),
+            # Ten rows in the last tenth of the run, over which the training loss is averaged.
+            logging=LoggingConfig(interval=max(1, config.steps // 100)),
+        )
+
+    def points(
+        self, parametrization: Parametrization, size: int, multiples: Iterable[float]
+    ) -> list[Point]:
+        """The runs of one sweep, with every seed."""
+        return [
+            self._point(parametrization, size, multiple, seed)
+            for seed in self.settings.seeds
+            for multiple in multiples
+        ]
+
+    def _point(
+        self, parametrization: Parametrization, size: int, multiple: float, seed: int
+    ) -> Point:
+        config, digest = self._config(parametrization, size, multiple)
+        swept = self.settings.swept
+        name = f"{self.settings.axis}{size}_{swept}{multiple:+g}_seed{seed}_{digest}"
+        return Point(
+            id=name,
+            config=replace(config, seed=seed, run_dir=str(self.runs / name)),
+            labels={
+                "parametrization": parametrization,
+                "size": size,
+                "log2_multiple": multiple,
+                "seed": seed,
+                swept: getattr(config.hyperparams, swept),
+            },
+        )
+
+    def _config(
+        self, parametrization: Parametrization, size: int, multiple: float
+    ) -> tuple[RunConfig, str]:
+        """The run of any seed, with the hash of its numbers."""
+        key = (parametrization, size, multiple)
+        if key not in self._configs:
+            sized, swept = self.sized(size), self.settings.swept
+            value = getattr(sized.hyperparams, swept) * 2.0**multiple
+            config = replace(
+                sized,
+                rules=replace(sized.rules, parametrization=parametrization),
+                hyperparams=replace(sized.hyperparams, **{swept: value}),
+            )
+            self._configs[key] = config, _numbers_hash(Plan.of(config))
+        return self._configs[key]
+
+    def sweep(
+        self, parametrization: Parametrization, size: int, rows: Iterable[Row]
+    ) -> list[float]:
+        """The multiples that this study wants at `size`, ascending, given the rows so far.
+
+        While the lowest mean loss has no higher one on either side, the sweep grows by one value at
+        a time (`next_multiple`), at most max_added. A function of the rows alone, so that a study
+        taken up again, or shared by several commands, wants the same runs.
+        """
+        losses = {row["id"]: row_loss(row) for row in rows}
+        multiples = sorted(self.settings.log2_multiples)
+        for _ in range(self.settings.max_added):
+            points = self.points(parametrization, size, multiples)
+            if any(point.id not in losses for point in points):
+                break
+            added = next_multiple(mean_curve(_by_seed(points, losses)))
+            if added is None:
+                break
+            multiples = sorted([*multiples, added])
+        return multiples
+
+    def missing(self, rows: Sequence[Row]) -> list[Point]:
+        """The wanted runs that have no row, one seed after the other and the longest first."""
+        done = {row["id"] for row in rows}
+        wanted: dict[str, Point] = {}
+        for parametrization in self.settings.parametrizations:
+            for size in self.settings.sizes:
+                multiples = self.sweep(parametrization, size, rows)
+                for point in self.points(parametrization, size, multiples):
+                    wanted.setdefault(point.id, point)
+        seeds = self.settings.seeds
+        return sorted(
+            (point for name, point in wanted.items() if name not in done),
+            key=lambda point: (seeds.index(point.config.seed), -_cost(point.config)),
+        )
+
+    def curves(
+        self, parametrization: Parametrization, size: int, rows: Sequence[Row]
+    ) -> list[dict[float, float]]:
+        """Validation loss by multiple, one curve per seed; infinite where a run diverged."""
+        losses = {row["id"]: row_loss(row) for row in rows}
+        multiples = self.sweep(parametrization, size, rows)
+        return _by_seed(self.points(parametrization, size, multiples), losses)
+
+
+def row_loss(row: Row) -> float:
+    """The validation loss of a row in nats per token; infinite if its run diverged."""
+    return math.inf if row["diverged"] else float(row["loss"])
+
+
+def next_multiple(curve: Mapping[float, float]) -> float | None:
+    """The value to add to a sweep so that its optimum gets finite neighbours; None if it has them.
+
+    Beyond the edge where the lowest loss lies, at the distance of the last two values. Between the
+    lowest and a diverged neighbour, halfway, until they are as close as FINEST_STEP. Where
+    everything diverged, below the smallest.
+    """
+    xs = sorted(curve)
+    lowest = min(range(len(xs)), key=lambda index: curve[xs[index]])
+    if lowest == 0:
+        return 2 * xs[0] - xs[1]
+    if lowest == len(xs) - 1:
+        return 2 * xs[-1] - xs[-2]
+    for neighbour in (xs[lowest - 1], xs[lowest + 1]):
+        if math.isinf(curve[neighbour]) and abs(neighbour - xs[lowest]) > FINEST_STEP:
+            return (neighbour + xs[lowest]) / 2
+    return None
+
+
+def widened(shape: ModelShape, hidden_size: int) -> ModelShape:
+    """`shape` at another width: heads of the same size are added, d_ff grows in proportion.
+
+    Raises ConfigError when heads or query groups would not come out whole.
+    """
+    if hidden_size % shape.head_dim:
+        raise ConfigError(
+            f"sizes has the width {hidden_size}, which model.head_dim = {shape.head_dim} does not "
+            "divide; width grows by whole heads. Use multiples of the head size."
+        )
+
+    def grown(name: str, value: int) -> int:
+        if value * hidden_size % shape.hidden_size:
+            raise ConfigError(
+                f"sizes has the width {hidden_size}, at which model.{name} would be "
+                f"{value * hidden_size / shape.hidden_size:g} ({value} at {shape.hidden_size}); "
+                "use widths at which it is a whole number."
+            )
+        return value * hidden_size // shape.hidden_size
+
+    groups = shape.num_query_groups
+    return replace(
+        shape,
+        hidden_size=hidden_size,
+        ffn_hidden_size=round(shape.ffn_hidden_size * hidden_size / shape.hidden_size),
+        num_attention_heads=grown("num_attention_heads", shape.num_attention_heads),
+        num_query_groups=None if groups is None else grown("num_query_groups", groups),
+    )
+
+
+def _by_seed(points: Iterable[Point], losses: Mapping[str, float]) -> list[dict[float, float]]:
+    curves: dict[int, dict[float, float]] = {}
+    for point in points:
+        curve = curves.setdefault(point.config.seed, {})
+        curve[point.labels["log2_multiple"]] = losses[point.id]
+    return list(curves.values())
+
+
+def _cost(config: RunConfig) -> float:
+    return config.model.parameters * config.train_tokens
+
+
+def _numbers_hash(plan: Plan) -> str:
+    """Of what the run trains with, whatever the parametrization and the factors are called."""
+    numbers = plan.resolved.as_json()
+    modules = [
+        {key: entry[key] for key in entry if key not in ("factors", "role")}
+        for entry in numbers["modules"]
+    ]
+    kept = [modules, numbers["residual"], numbers["logit_multiplier"]]
+    return hashlib.sha256(json.dumps(kept).encode()).hexdigest()[:8]

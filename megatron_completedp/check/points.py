@@ -1,0 +1,121 @@
+"""One run of a study, trained in its own folder, and how it ended by that folder's metrics.
+
+The folder is what counts, not the process: a run that finished, or diverged, just before its
+process was killed is read and not trained again.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_completedp.config.load import load_config
+from megatron_completedp.config.run import RunConfig
+from megatron_completedp.errors import CompletedPError, TrainingDiverged
+from megatron_completedp.plan.run_plan import Plan
+from megatron_completedp.train import folder as run_folder
+from megatron_completedp.train.metrics import read_metrics
+
+#: Part of the run, at its end, over which the training loss is averaged.
+LAST_PART = 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """How a finished run ended. A run that diverged has no losses."""
+
+    diverged: bool
+    """Not finite, or a validation loss above ln(vocab_size): worse than knowing nothing."""
+    loss: float | None = None
+    """Validation cross entropy after the last step, nats per token."""
+    train_loss: float | None = None
+    """Mean training cross entropy over the last tenth of the run."""
+
+
+def outcome(config: RunConfig) -> Outcome | None:
+    """How the run in `config.run_dir` ended; None when it has not."""
+    rows = read_metrics(Path(config.run_dir) / run_folder.METRICS_FILE)
+    if any(row["kind"] == "event" and row.get("policy") == "stop" for row in rows):
+        return Outcome(diverged=True)
+    losses = [row["loss"] for row in rows if (row["kind"], row["step"]) == ("eval", config.steps)]
+    if not losses:
+        return None
+    if not losses[-1] <= math.log(config.model.vocab_size):
+        return Outcome(diverged=True)
+    start = (1 - LAST_PART) * config.steps
+    last = [row["loss"] for row in rows if row["kind"] == "train" and row["step"] > start]
+    return Outcome(diverged=False, loss=losses[-1], train_loss=sum(last) / len(last))
+
+
+def train_point(config_file: Path, *, ranks: int) -> dict[str, Any] | None:
+    """Train the run that `config_file` describes, to its end; the numbers of its row.
+
+    Trained in this process for one rank, by torchrun for several. None when a signal stopped it:
+    it has saved, and goes on from there the next time. A run whose process was killed instead
+    starts again. Raises CompletedPError for a run that cannot be trained.
+    """
+    config = load_config(config_file)
+    folder = Path(config.run_dir)
+    start = time.perf_counter()
+    found = outcome(config)
+    if found is None:
+        if not (folder / run_folder.CHECKPOINTS).exists():
+            shutil.rmtree(folder, ignore_errors=True)
+        if ranks == 1:
+            _train_here(config)
+        else:
+            _train_by_torchrun(config_file, config, ranks)
+        found = outcome(config)
+    if found is None:
+        return None
+    # Sample indices and the save of a stop are many times the size of all the rest.
+    shutil.rmtree(folder / "cache", ignore_errors=True)
+    shutil.rmtree(folder / run_folder.CHECKPOINTS, ignore_errors=True)
+    return {**vars(found), "steps": config.steps, "seconds": round(time.perf_counter() - start, 1)}
+
+
+def _train_here(config: RunConfig) -> None:
+    # Torch must not be imported before the worker has set its threads and its device.
+    from megatron_completedp.mcore.parallel import destroy_parallel
+    from megatron_completedp.train.start import train
+
+    try:
+        train(Plan.of(config))
+    except TrainingDiverged:
+        pass  # the event in the run's metrics says so
+    finally:
+        destroy_parallel()
+
+
+def _train_by_torchrun(config_file: Path, config: RunConfig, ranks: int) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += [f"--nproc-per-node={ranks}", "-m", "megatron_completedp.train"]
+    process = subprocess.Popen([*command, "--config", str(config_file)])
+    asked = False
+
+    def stop(*_: object) -> None:
+        nonlocal asked
+        if not asked:
+            process.terminate()  # torchrun hands SIGTERM on; SIGUSR1 would end torchrun itself
+        asked = True
+
+    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    previous = {number: signal.signal(number, stop) for number in numbers}
+    try:
+        code = process.wait()
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    stopped = (Path(config.run_dir) / run_folder.REQUEUE_FILE).exists()
+    if code and not stopped and outcome(config) is None:
+        raise CompletedPError(
+            f"the run in {config.run_dir} on {ranks} ranks ended with exit code {code}; the "
+            "worker's log has its output."
+        )

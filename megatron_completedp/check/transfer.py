@@ -1,0 +1,231 @@
+"""`check transfer`: does the best learning rate of the base stay the best along a ladder?
+
+Sweeps one hyperparameter at every size of one axis, under several parametrizations, with several
+seeds and everything else pinned, and measures how far its best value moves.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_completedp.check.calibrate import fitted_exponent, write_exponent
+from megatron_completedp.check.drift import LadderResult, SizeResult, analyse
+from megatron_completedp.check.ladder import Ladder, Row
+from megatron_completedp.check.report import FigureSpec, Finding, Report, Table
+from megatron_completedp.check.results import Results
+from megatron_completedp.check.settings import command_line
+from megatron_completedp.check.transfer_base import small_base
+from megatron_completedp.check.transfer_figures import draw_loss_by_size, draw_sweeps
+from megatron_completedp.check.transfer_settings import SWEPT_NAMES, TransferSettings
+from megatron_completedp.check.workers import Task, run_tasks
+from megatron_completedp.config.load import load_config, to_yaml
+from megatron_completedp.config.run import RunConfig, check_world
+from megatron_completedp.data.atomic import atomic_write
+from megatron_completedp.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+
+def run(settings: TransferSettings, out: Path) -> Report:
+    """Train what the study lacks, then report on all of it. Rows are in OUT/results.jsonl.
+
+    Raises ConfigError for settings and base runs that cannot be swept, StudyStopped at a signal.
+    """
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError(
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}; expected a command of one process, which "
+            "starts the runs itself. Start it without torchrun and set ranks and workers."
+        )
+    base = load_config(settings.run) if settings.run else small_base(out / "runs" / "data")
+    ladder = Ladder(settings, base, out / "runs")
+    results = Results(out / "results.jsonl", ladder.identity)
+    train_missing(ladder, results)
+    rows = results.rows()
+    found = [analyse(ladder, name, rows) for name in settings.parametrizations]
+    return _report(ladder, found, rows)
+
+
+def train_missing(ladder: Ladder, results: Results) -> None:
+    """Train until the study wants no more: the first sweeps, then what each round adds to them."""
+    settings = ladder.settings
+    while missing := ladder.missing(results.rows()):
+        devices = visible_devices(ladder.base)
+        per_run = len(devices) or len(os.sched_getaffinity(0))
+        workers = settings.workers or max(1, per_run // settings.ranks)
+        tasks = []
+        for point in missing:
+            check_world(point.config, settings.ranks)
+            file = ladder.runs / f"{point.id}.yaml"
+            with atomic_write(file) as stream:
+                stream.write(to_yaml(point.config).encode())
+            tasks.append(Task(point.id, file, point.labels))
+        logger.info("%d runs to train, %d at a time", len(tasks), min(workers, len(tasks)))
+        run_tasks(
+            tasks,
+            results,
+            folder=ladder.runs,
+            workers=min(workers, len(tasks)),
+            ranks=settings.ranks,
+            devices=devices,
+        )
+
+
+def visible_devices(base: RunConfig) -> list[str]:
+    """The CUDA devices that runs may use, as CUDA_VISIBLE_DEVICES names them; none for CPU runs."""
+    if base.training.device == "cpu":
+        return []
+    if "CUDA_VISIBLE_DEVICES" in os.environ:
+        return [name for name in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if name]
+    try:
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return []
+    return [str(index) for index in range(len(listed.stdout.splitlines()))]
+
+
+def _report(ladder: Ladder, found: Sequence[LadderResult], rows: Sequence[Row]) -> Report:
+    settings = ladder.settings
+    by_name = {result.parametrization: result for result in found}
+    judged = by_name[settings.judged]
+    findings = [judge(settings, judged)]
+    tables = [_sweep_table(ladder, result) for result in found]
+    exceptions = _limits(settings, found)
+    if settings.calibrate_duration:
+        exponent = fitted_exponent(ladder, judged)
+        exceptions.append(write_exponent(Path(settings.run), exponent))
+    if settings.axis == "duration" and settings.swept == "lr":
+        tables.append(_exponent_table(ladder, found))
+    swept = SWEPT_NAMES[settings.swept]
+    base = ladder.base
+    return Report(
+        title=f"Transfer of the {swept} along {settings.axis}",
+        question=(
+            f"Does the best {swept} at size {ladder.reference} stay within "
+            f"{settings.max_drift:g} octaves of the best at every size, under {settings.judged}?"
+        ),
+        command=command_line(),
+        findings=tuple(findings),
+        figures=(
+            FigureSpec(
+                name="sweeps",
+                caption=(
+                    f"Validation loss against the {swept}, as a multiple of the base's value. "
+                    "One curve per size, the mean of the seeds, with a band from the lowest to the "
+                    "highest; stars mark fitted optima. Crosses at the top are values at which a "
+                    "run diverged."
+                ),
+                draw=lambda figure: draw_sweeps(figure, found, settings),
+                size=(6.0, 3.2 * math.ceil(len(found) / 2)),
+            ),
+            FigureSpec(
+                name="by_size",
+                caption=(
+                    f"Validation loss at every size with the best {swept} of size "
+                    f"{ladder.reference}, carried over and not tuned again (lines); stars are the "
+                    "loss at the size's own optimum."
+                ),
+                draw=lambda figure: draw_loss_by_size(figure, found, settings),
+            ),
+        ),
+        tables=tuple(tables),
+        settings={
+            "base run": settings.run or "built in, on the text of the Python installation",
+            "base": (
+                f"width {base.model.hidden_size}, {base.model.num_layers} layers, "
+                f"{base.batch_tokens:,} tokens per step, {base.train_tokens:,} in all"
+            ),
+            "sizes": ", ".join(map(str, sorted(settings.sizes))),
+            "seeds": ", ".join(map(str, settings.seeds)),
+            "runs": f"{len(rows)}, of which {sum(row['diverged'] for row in rows)} diverged",
+            "optimum": f"parabola through the points within {settings.window:g} nats of the lowest",
+        },
+        exceptions=tuple(exceptions),
+    )
+
+
+def judge(settings: TransferSettings, judged: LadderResult) -> Finding:
+    """The verdict on one parametrization; a size without an optimum fails it."""
+    note = f"95 % interval {judged.span_interval}"
+    if judged.problems:
+        note = f"not bracketed: {'; '.join(judged.problems)}"
+    return Finding(
+        what=(
+            f"octaves between the outermost best {SWEPT_NAMES[settings.swept]}s along "
+            f"{settings.axis}, {settings.judged}"
+        ),
+        value=judged.span,
+        low=0.0,
+        high=settings.max_drift,
+        note=note,
+    )
+
+
+def _limits(settings: TransferSettings, found: Sequence[LadderResult]) -> list[str]:
+    """What the reader must know before trusting the numbers."""
+    limits = []
+    if len(settings.seeds) < 2:
+        limits.append("One seed: there is no interval, and no telling drift from noise.")
+    elif len(settings.seeds) < 6:
+        limits.append(
+            f"The intervals are percentiles of a bootstrap over {len(settings.seeds)} seeds, so "
+            "few that they cover less than their 95 %."
+        )
+    limits += [
+        f"{result.parametrization} is not bracketed: {problem}."
+        for result in found
+        for problem in result.problems
+    ]
+    limits.append(
+        f"The other hyperparameters stay at the base's values: this is a cut through their space, "
+        f"and it says nothing about sizes beyond {max(settings.sizes)}."
+    )
+    return limits
+
+
+def _sweep_table(ladder: Ladder, result: LadderResult) -> Table:
+    return Table(
+        title=f"{result.parametrization}: best {SWEPT_NAMES[ladder.settings.swept]} by size",
+        header=("size", "log2 multiple", "interval", "drift", "interval", "loss", "lost"),
+        rows=tuple(_row(item) for item in result.sizes),
+        note=(
+            f"Octaves; drift is against size {ladder.reference}. Loss in nats per token at the "
+            f"optimum; lost is what the best value of size {ladder.reference} costs here."
+        ),
+    )
+
+
+def _row(item: SizeResult) -> tuple[str, ...]:
+    return (
+        str(item.size),
+        _number(item.best.x, "+.2f"),
+        str(item.best_interval),
+        _number(item.drift, "+.2f"),
+        str(item.drift_interval),
+        _number(item.best.loss, ".4f"),
+        _number(item.loss_lost, "+.4f"),
+    )
+
+
+def _exponent_table(ladder: Ladder, found: Sequence[LadderResult]) -> Table:
+    rows = []
+    for result in found:
+        exponent = fitted_exponent(ladder, result)
+        rows.append(
+            (result.parametrization, _number(exponent.value, ".3f"), str(exponent.interval))
+        )
+    return Table(
+        title="duration exponent p that the optima ask for",
+        header=("parametrization", "p", "interval"),
+        rows=tuple(rows),
+        note="best lr ~ m_D^-p, whatever part of it the parametrization already applies.",
+    )
+
+
+def _number(value: float, form: str) -> str:
+    return "-" if math.isnan(value) else format(value, form)

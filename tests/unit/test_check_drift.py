@@ -1,0 +1,114 @@
+"""Drift, loss lost and the duration exponent, from rows whose optima are known."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+from transfer_samples import base_run, ladder, parabola, rows_of
+
+from megatron_completedp.check.calibrate import Exponent, fitted_exponent, write_exponent
+from megatron_completedp.check.drift import LadderResult, analyse
+from megatron_completedp.check.fit import Interval
+from megatron_completedp.check.ladder import Ladder, Point
+from megatron_completedp.check.transfer import judge
+from megatron_completedp.config.load import load_config, to_yaml
+from megatron_completedp.errors import CompletedPError
+
+
+def result(study: Ladder, best: dict[int, float]) -> LadderResult:
+    return analyse(study, "completedp", rows_of(study, parabola(best)))
+
+
+def test_drift_of_known_optima() -> None:
+    found = result(ladder(sizes=(32, 64, 128)), {32: 0.25, 64: 0.5, 128: -0.5})
+    assert [item.drift for item in found.sizes] == pytest.approx([0, 0.25, -0.75])
+    # Between the outermost, not from the reference: -0.5 to 0.5.
+    assert found.span == pytest.approx(1.0)
+    # All seeds are alike, so every resample is.
+    assert found.span_interval.low == pytest.approx(1.0)
+
+
+def test_loss_lost_is_the_parabola_at_the_reference_optimum() -> None:
+    found = result(ladder(), {32: 0.0, 64: 0.5})
+    # 0.1 nat per squared octave.
+    assert [item.loss_lost for item in found.sizes] == pytest.approx([0, 0.025])
+
+
+def test_loss_lost_far_from_the_optimum_is_read_from_the_sweep() -> None:
+    found = result(ladder(log2_multiples=(-3, -2, -1, 0, 1)), {32: 0.0, 64: -2.0})
+    assert found.sizes[1].transferred == pytest.approx(3.4)
+
+
+def test_loss_where_runs_diverge_is_infinite() -> None:
+    def losses(point: Point) -> float:
+        size, x = point.labels["size"], point.labels["log2_multiple"]
+        return math.inf if size == 64 and x > -1 else 3.0 + 0.1 * (x + 2 * (size == 64)) ** 2
+
+    study = ladder(log2_multiples=(-3, -2, -1, 0, 1))
+    found = analyse(study, "completedp", rows_of(study, losses))
+    assert math.isinf(found.sizes[1].transferred)
+
+
+@pytest.mark.parametrize(("best", "passed"), [(0.45, True), (0.55, False), (-0.55, False)])
+def test_the_verdict_holds_the_judged_parametrization_to_half_an_octave(
+    best: float, passed: bool
+) -> None:
+    study = ladder()
+    assert judge(study.settings, result(study, {32: 0.0, 64: best})).passed is passed
+
+
+def test_an_optimum_at_the_edge_fails_the_verdict() -> None:
+    study = ladder(max_added=0)
+    finding = judge(study.settings, result(study, {32: 0.0, 64: 2.4}))
+    assert not finding.passed
+    assert "not bracketed: size 64" in finding.note
+
+
+@pytest.mark.parametrize("applied", [0.5, 0.25])
+def test_the_exponent_is_found_whatever_part_is_applied(applied: float) -> None:
+    """Optima of base * m_D^-0.4 under a rule that applies m_D^-q stand at log2 m_D * (q - 0.4)."""
+    base = base_run(duration_exponent=applied)
+    sizes = (12800, 25600, 51200)
+    study = ladder(base, axis="duration", sizes=sizes)
+    best = {size: math.log2(size / 12800) * (applied - 0.4) for size in sizes}
+    found = fitted_exponent(study, result(study, best))
+    assert found.value == pytest.approx(0.4)
+    assert found.interval.low == pytest.approx(0.4)
+
+
+def test_sp_applies_no_exponent() -> None:
+    sizes = (12800, 51200)
+    study = ladder(axis="duration", sizes=sizes)
+    rows = rows_of(study, parabola({12800: 0.0, 51200: -0.8}))
+    assert fitted_exponent(study, analyse(study, "sp", rows)).value == pytest.approx(0.4)
+
+
+@pytest.mark.parametrize("written", [True, False])
+def test_calibration_changes_one_line_of_the_config(tmp_path: Path, written: bool) -> None:
+    file = tmp_path / "run.yaml"
+    text = "# kept\n" + to_yaml(base_run())
+    line = "duration_exponent: 0.5\n"
+    assert line in text
+    file.write_text(text if written else text.replace(line, ""), encoding="utf-8")
+    before = [kept for kept in file.read_text().splitlines() if "duration_exponent" not in kept]
+    told = write_exponent(file, Exponent(0.41234, Interval(0.3, 0.5)))
+    lines = file.read_text().splitlines()
+    changed = [kept for kept in lines if kept not in before]
+    assert [kept for kept in lines if kept in before] == before
+    assert changed == [
+        "duration_exponent: 0.412  # fitted by check transfer, 95 % interval [0.300, 0.500]"
+    ]
+    assert load_config(file).rules.duration_exponent == 0.412
+    assert "0.412" in told
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.2, math.nan])
+def test_an_exponent_that_the_rules_refuse_leaves_the_config(tmp_path: Path, value: float) -> None:
+    file = tmp_path / "run.yaml"
+    text = to_yaml(base_run())
+    file.write_text(text, encoding="utf-8")
+    with pytest.raises(CompletedPError, match="left as it is"):
+        write_exponent(file, Exponent(value, Interval(math.nan, math.nan)))
+    assert file.read_text(encoding="utf-8") == text
