@@ -104,7 +104,8 @@ class V2Filter:
         """The first signal that rules the document out; empty to keep it.
 
         `values` is the document's `quality_signals`: name to [[start, end, score or null], ...],
-        one span for the whole document. Raises DataError for a signal that it lacks.
+        one span for the whole document. Raises DataError for a signal that it lacks or that
+        is of another shape.
         """
         for name in self.signals:
             if name not in values:
@@ -112,9 +113,16 @@ class V2Filter:
                     f"{place} has no signal {name!r}, which the filter bounds; it has "
                     f"{', '.join(sorted(values))}. Correct `filter`."
                 )
-            score = values[name][0][2] if values[name] else None
             low, high = self.minimum.get(name, -math.inf), self.maximum.get(name, math.inf)
-            if score is None or not low <= score <= high:
+            try:
+                score = values[name][0][2] if values[name] else None
+                kept = score is not None and low <= score <= high
+            except (TypeError, LookupError) as error:
+                raise DataError(
+                    f"{place}: signal {name!r} is {values[name]!r}; expected [[start, end, score]]."
+                    " Fetch the file again."
+                ) from error
+            if not kept:
                 return name
         return ""
 

@@ -23,8 +23,8 @@ from megatron_completedp.errors import DataError
 BLOCK_BYTES = 1 << 18
 
 #: Compressed bytes handed to zstandard at once. It returns all that they expand to: most often
-#: about 16 KiB, and at most 128 MiB, for a stream of nothing but runs expands 32,768 times.
-_ZSTD_CHUNK_BYTES = 1 << 12
+#: about 32 KiB, and at most 256 MiB, for a stream of nothing but runs expands 32,768 times.
+_ZSTD_CHUNK_BYTES = 1 << 13
 
 
 @dataclass(frozen=True, kw_only=True)
