@@ -91,9 +91,9 @@ def visible_devices(base: RunConfig) -> list[str]:
 
 def _report(ladder: Ladder, found: Sequence[LadderResult], rows: Sequence[Row]) -> Report:
     settings = ladder.settings
-    by_name = {result.parametrization: result for result in found}
-    judged = by_name[settings.judged]
+    (judged,) = (result for result in found if result.parametrization == settings.judged)
     findings = [judge(settings, judged)]
+    findings += [compare(settings, result) for result in found if result is not judged]
     tables = [_sweep_table(ladder, result) for result in found]
     exceptions = _limits(settings, found)
     if settings.calibrate_duration:
@@ -155,15 +155,29 @@ def judge(settings: TransferSettings, judged: LadderResult) -> Finding:
     if judged.problems:
         note = f"not bracketed: {'; '.join(judged.problems)}"
     return Finding(
-        what=(
-            f"octaves between the outermost best {SWEPT_NAMES[settings.swept]}s along "
-            f"{settings.axis}, {settings.judged}"
-        ),
+        what=_what(settings, judged),
         value=judged.span,
         low=0.0,
         high=settings.max_drift,
         note=note,
     )
+
+
+def compare(settings: TransferSettings, other: LadderResult) -> Finding:
+    """What the same ladder shows under a parametrization that is not judged: any number."""
+    if other.problems:
+        # NaN passes no bounds, and only the judged parametrization may fail the check.
+        what = f"sizes without an optimum along {settings.axis}, {other.parametrization}"
+        value, note = float(len(other.problems)), "; ".join(other.problems)
+    else:
+        what, value = _what(settings, other), other.span
+        note = f"for comparison; 95 % interval {other.span_interval}"
+    return Finding(what=what, value=value, low=-math.inf, high=math.inf, note=note)
+
+
+def _what(settings: TransferSettings, result: LadderResult) -> str:
+    name = SWEPT_NAMES[settings.swept]
+    return f"octaves between the best {name}s along {settings.axis}, {result.parametrization}"
 
 
 def _limits(settings: TransferSettings, found: Sequence[LadderResult]) -> list[str]:

@@ -24,7 +24,7 @@ class TransferSettings:
     """YAML of the base run; empty is a small one on the text of the Python installation."""
     axis: Axis = "width"
     """What grows; all else is pinned to the base run. joint is all four, the tokens twice."""
-    sizes: tuple[int, ...] = (32, 64, 128)
+    sizes: tuple[int, ...] = (32, 128)
     """Hidden sizes, layers, sequences per step, training tokens, or multiples (joint)."""
     swept: Swept = "lr"
     """The base hyperparameter that is swept."""

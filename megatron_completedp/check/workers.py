@@ -1,14 +1,12 @@
 """Train the runs of a study in several processes here, and share them with commands elsewhere.
 
-Who trains a run holds the lock of its claim file. The lock goes with the process, however that
-ends, so a run is never lost; and its row is looked for again under the lock, so that none is
-trained twice. Commands on other machines share a study through a common folder whose file system
-has working locks.
+Who trains a run holds its claim, which goes with the process, however that ends: no run is lost.
+Its row is looked for again under the claim: none is trained twice. Commands on other machines share
+a study through a common folder whose file system has locks.
 """
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import multiprocessing
 import os
@@ -27,6 +25,7 @@ from typing import Any
 
 from megatron_completedp.check.points import train_point
 from megatron_completedp.check.results import Results
+from megatron_completedp.data.claims import claim
 from megatron_completedp.errors import REQUEUE_EXIT_CODE, CompletedPError
 
 logger = logging.getLogger(__name__)
@@ -72,8 +71,7 @@ def run_tasks(
     """
     context = multiprocessing.get_context("spawn")
     stop, errors = RawValue(c_bool, False), context.SimpleQueue()
-    for name in ("claims", "logs"):
-        (folder / name).mkdir(parents=True, exist_ok=True)
+    (folder / "logs").mkdir(parents=True, exist_ok=True)
     processes = []
     with _stopping(stop):
         for number in range(workers):
@@ -174,7 +172,7 @@ def _train_one(
 ) -> bool:
     """Train the first of `tasks` that nobody else is training; False when there is none."""
     for task in tasks:
-        with claim(folder / "claims" / task.id) as claimed:
+        with claim(folder / "claims" / task.id, wait=False) as claimed:
             if claimed and _without_row([task], results):
                 row = train_point(task.config_file, ranks=ranks)
                 if row is None:
@@ -188,18 +186,6 @@ def _train_one(
 def _without_row(tasks: Sequence[Task], results: Results) -> list[Task]:
     done = {row["id"] for row in results.rows()}
     return [task for task in tasks if task.id not in done]
-
-
-@contextmanager
-def claim(path: Path) -> Iterator[bool]:
-    """Whether this process alone holds `path` inside the block; never waits."""
-    with path.open("w") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            claimed = True
-        except BlockingIOError:
-            claimed = False
-        yield claimed
 
 
 @contextmanager

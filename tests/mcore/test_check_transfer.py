@@ -20,7 +20,7 @@ from megatron_completedp.check.report import Report
 from megatron_completedp.check.results import Results
 from megatron_completedp.check.transfer import run
 from megatron_completedp.check.transfer_settings import TransferSettings
-from megatron_completedp.check.workers import Task, claim, run_tasks
+from megatron_completedp.check.workers import Task, run_tasks
 from megatron_completedp.config.load import load_config
 from megatron_completedp.errors import REQUEUE_EXIT_CODE, CompletedPError, ConfigError
 
@@ -213,12 +213,3 @@ def test_a_worker_says_why_a_run_cannot_be_trained(tmp_path: Path, base: Path) -
     with pytest.raises(CompletedPError, match="nothing"):
         run_tasks(tasks, results, folder=tmp_path, workers=1, ranks=1, devices=())
     assert results.rows() == []
-
-
-def test_a_claim_is_held_by_one_and_ends_with_it(tmp_path: Path) -> None:
-    with claim(tmp_path / "point") as first:
-        assert first
-        with claim(tmp_path / "point") as second:
-            assert not second
-    with claim(tmp_path / "point") as third:
-        assert third

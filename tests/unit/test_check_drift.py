@@ -12,7 +12,7 @@ from megatron_completedp.check.calibrate import Exponent, fitted_exponent, write
 from megatron_completedp.check.drift import LadderResult, analyse
 from megatron_completedp.check.fit import Interval
 from megatron_completedp.check.ladder import Ladder, Point
-from megatron_completedp.check.transfer import judge
+from megatron_completedp.check.transfer import compare, judge
 from megatron_completedp.config.load import load_config, to_yaml
 from megatron_completedp.errors import CompletedPError
 
@@ -57,6 +57,15 @@ def test_the_verdict_holds_the_judged_parametrization_to_half_an_octave(
 ) -> None:
     study = ladder()
     assert judge(study.settings, result(study, {32: 0.0, 64: best})).passed is passed
+
+
+@pytest.mark.parametrize("best", [3.0, 50.0])
+def test_a_comparison_never_fails(best: float) -> None:
+    """Drifting, or not bracketed: sp is there to show it, and the verdict is about another."""
+    study = ladder(max_added=2)
+    found = compare(study.settings, result(study, {32: 0.0, 64: best}))
+    assert found.passed
+    assert found.value == pytest.approx(3.0 if best == 3 else 1)
 
 
 def test_an_optimum_at_the_edge_fails_the_verdict() -> None:
