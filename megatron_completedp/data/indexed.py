@@ -17,6 +17,7 @@ truncated file trains on garbage or fails far from its cause: call `check_pair` 
 
 from __future__ import annotations
 
+import hashlib
 import struct
 from array import array
 from collections.abc import Iterator, Sequence
@@ -70,38 +71,92 @@ def token_dtype(vocab_size: int) -> np.dtype:
     return DTYPE_OF_CODE[8 if vocab_size < 65_500 else 4]
 
 
+@dataclass(frozen=True, kw_only=True)
+class FileRecord:
+    """What a file must be, byte for byte."""
+
+    bytes: int
+    """Its size."""
+    sha256: str
+    """Of its content, in hexadecimal."""
+
+
+class _HashedStream:
+    """Writes to a stream, and knows what a file of these bytes must be."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream = stream
+        self._bytes = 0
+        self._sha256 = hashlib.sha256()
+
+    def write(self, data: bytes | memoryview) -> None:
+        self._stream.write(data)
+        self._sha256.update(data)
+        self._bytes += memoryview(data).nbytes
+
+    def record(self) -> FileRecord:
+        """Of what was written so far."""
+        return FileRecord(bytes=self._bytes, sha256=self._sha256.hexdigest())
+
+
 class IndexedWriter:
     """Streams documents into an open .bin and remembers their lengths (4 bytes per document)."""
 
     def __init__(self, stream: BinaryIO, vocab_size: int) -> None:
-        self._stream = stream
+        self._stream = _HashedStream(stream)
         self._vocab_size = vocab_size
         self.dtype = token_dtype(vocab_size)
         self.lengths = array("i")
         self.tokens = 0
         self.max_token_id = -1
+        self.files: dict[str, FileRecord] = {}
+        """Under "bin" and "idx", once the block of `open_indexed` has ended."""
 
     def add_document(self, ids: Sequence[int] | np.ndarray) -> None:
-        """Append one document (shape [tokens]) as one sequence.
+        """Append one document (shape [tokens]) as one sequence; errors as in `add_documents`."""
+        document: np.ndarray = np.asarray(ids, dtype=np.int64)
+        self.add_documents(document, np.array([document.size]))
 
-        Raises DataError when it is empty or holds an id outside [0, vocab_size): numpy would wrap
-        such an id silently into another token.
+    def add_documents(self, ids: np.ndarray, lengths: np.ndarray) -> None:
+        """Append documents, each as one sequence.
+
+        `ids` (shape [tokens], integers) are theirs back to back, `lengths` (shape [documents]) the
+        tokens of each. Raises DataError when a document is empty or holds an id outside
+        [0, vocab_size): numpy would wrap such an id silently into another token.
         """
-        tokens: np.ndarray = np.asarray(ids, dtype=np.int64)
-        if tokens.size == 0:
-            raise DataError(
-                f"document {len(self.lengths)} has no token; leave empty documents out."
-            )
-        low, high = int(tokens.min()), int(tokens.max())
+        assert lengths.sum() == ids.size, "the lengths must cover the ids"
+        if lengths.size == 0:
+            return
+        if lengths.min() < 1:
+            number = len(self.lengths) + int(np.argmax(lengths < 1))
+            raise DataError(f"document {number} has no token; leave empty documents out.")
+        low, high = int(ids.min()), int(ids.max())
         if low < 0 or high >= self._vocab_size:
+            position = int(np.argmax((ids < 0) | (ids >= self._vocab_size)))
+            number = len(self.lengths) + int(np.searchsorted(lengths.cumsum(), position, "right"))
             raise DataError(
-                f"document {len(self.lengths)} holds token ids {low} to {high}; expected 0 to "
-                f"{self._vocab_size - 1}. Pass the vocab_size of the tokenizer that made them."
+                f"document {number} holds the token id {ids[position]}; expected 0 to "
+                f"{self._vocab_size - 1}. Pass the vocab_size of the tokenizer that made it."
             )
-        self._stream.write(tokens.astype(self.dtype).tobytes())
-        self.lengths.append(tokens.size)
-        self.tokens += tokens.size
+        self._stream.write(ids.astype(self.dtype).data)
+        self.lengths.frombytes(lengths.astype("i").tobytes())
+        self.tokens += ids.size
         self.max_token_id = max(self.max_token_id, high)
+
+    def finish_bin(self) -> None:
+        """Take the record of .bin, to which nothing is added any more."""
+        self.files["bin"] = self._stream.record()
+
+    def write_index(self, stream: BinaryIO) -> None:
+        """Write the .idx that describes the documents added, and take its record."""
+        lengths = np.frombuffer(self.lengths, dtype="i").astype("<i4")
+        index = _HashedStream(stream)
+        code = CODE_OF_DTYPE[self.dtype]
+        index.write(_HEADER.pack(MAGIC, VERSION, code, lengths.size, lengths.size + 1))
+        index.write(lengths.data)
+        index.write(_byte_offsets(lengths, self.dtype.itemsize).data)
+        index.write(np.arange(lengths.size + 1, dtype="<i8").data)
+        self.files["idx"] = index.record()
 
 
 @contextmanager
@@ -117,18 +172,23 @@ def open_indexed(prefix: Path, vocab_size: int) -> Iterator[IndexedWriter]:
         yield writer
         if not writer.lengths:
             raise DataError(f"no document for {prefix}; expected at least one. Check the inputs.")
+        writer.finish_bin()
         idx_path(prefix).unlink(missing_ok=True)
     with atomic_write(idx_path(prefix)) as stream:
-        _write_index(stream, writer)
+        writer.write_index(stream)
 
 
-def _write_index(stream: BinaryIO, writer: IndexedWriter) -> None:
-    lengths = np.asarray(writer.lengths, dtype="<i4")
-    code = CODE_OF_DTYPE[writer.dtype]
-    stream.write(_HEADER.pack(MAGIC, VERSION, code, lengths.size, lengths.size + 1))
-    stream.write(lengths.tobytes())
-    stream.write(_byte_offsets(lengths, writer.dtype.itemsize).tobytes())
-    stream.write(np.arange(lengths.size + 1, dtype="<i8").tobytes())
+def open_pair(prefix: Path) -> tuple[np.ndarray, np.ndarray]:
+    """The ids of all documents (shape [tokens], mapped from .bin) and the length of each.
+
+    Only the header is checked: `check_pair` tells whether the files are whole.
+    """
+    dtype, sequences, _ = _read_header(idx_path(prefix))
+    lengths: np.ndarray = np.fromfile(
+        idx_path(prefix), dtype="<i4", count=sequences, offset=_HEADER.size
+    )
+    ids: np.ndarray = np.memmap(bin_path(prefix), dtype=dtype, mode="r")
+    return ids, lengths
 
 
 def _byte_offsets(lengths: np.ndarray, itemsize: int) -> np.ndarray:
@@ -174,7 +234,7 @@ def check_pair(prefix: Path) -> IndexedSummary:
     )
 
 
-_REBUILD = "rebuild the pair with `python -m megatron_completedp.data prepare`, or copy it again"
+_REBUILD = "make the pair again with tools/preprocess_redpajama.py, or copy it again"
 
 
 def _read_header(index: Path) -> tuple[np.dtype, int, int]:

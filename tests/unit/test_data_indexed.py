@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_completedp.data import indexed
 from megatron_completedp.data.atomic import atomic_write
 from megatron_completedp.data.indexed import (
+    IndexedWriter,
     bin_path,
     check_pair,
     idx_path,
@@ -147,7 +147,7 @@ def test_no_index_describes_a_newer_bin(tmp_path: Path, monkeypatch: pytest.Monk
     def die(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(indexed, "_write_index", die)
+    monkeypatch.setattr(IndexedWriter, "write_index", die)
     with pytest.raises(KeyboardInterrupt):
         write_pair(prefix, DOCUMENTS[::-1])  # same sizes: only the missing index tells
     with pytest.raises(DataError, match=r"train\.idx does not exist"):

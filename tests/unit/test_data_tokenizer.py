@@ -1,4 +1,4 @@
-"""Tokenizers: lossless, deterministic, and one end-of-document id that text cannot forge."""
+"""Tokenizers: lossless, deterministic, and the libraries' own ids, for control tokens too."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import sentencepiece
 from data_samples import TEXTS, VOCAB_SIZE, small_tokenizer, write_jsonl
 
 from megatron_completedp.data.tokenizer import load_tokenizer, train_sentencepiece
@@ -37,6 +38,8 @@ def test_interface_of_a_trained_model(tmp_path: Path) -> None:
     assert tokenizer.eod == 2
     assert tokenizer.pad == -1
     assert tokenizer.decode([tokenizer.eod]) == ""
+    assert tokenizer.control_literals == ("<unk>", "<s>", "</s>")
+    assert tokenizer.library == f"sentencepiece {sentencepiece.__version__}"
     assert len(tokenizer.encode("the fox")) < len("the fox"), "merges were learned"
     # megatron-core hashes these as JSON to name its index cache.
     assert json.loads(json.dumps(tokenizer.unique_identifiers))["sha256"] == tokenizer.sha256
@@ -117,7 +120,19 @@ def test_tokenizer_json(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(path)
     assert (tokenizer.vocab_size, tokenizer.eod) == (10, 0)
     assert tokenizer.encode_batch(["fox dog", "dog"]) == [[2, 9], [9]]
-    assert tokenizer.eod not in tokenizer.encode("fox <|endoftext|> dog")
+    # The library's own rule, under which Megatron's tool works too.
+    assert tokenizer.control_literals == ("<|endoftext|>",)
+    assert tokenizer.encode("fox <|endoftext|> dog") == [2, tokenizer.eod, 9]
+    # Stored by fine-tuning tools; documents must stay whole.
+    content = json.loads(path.read_text())
+    content["truncation"] = {
+        "max_length": 1,
+        "stride": 0,
+        "strategy": "LongestFirst",
+        "direction": "Right",
+    }
+    path.write_text(json.dumps(content), encoding="utf-8")
+    assert load_tokenizer(path).encode("fox dog") == [2, 9]
     with pytest.raises(DataError, match="none of the tokens"):
         load_tokenizer(write_tokenizer_json(path, "<stop>"))
     path.write_text("{", encoding="utf-8")
