@@ -1,0 +1,117 @@
+"""Do Adam's updates keep their size when eps is as large as the gradient? And does weight decay?
+
+Where eps is far below the gradient, no eps rule can be told from another. So each module's eps is
+put at the RMS of its own gradient at the base, and the rules have to carry it from there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import fmean
+
+from megatron_completedp.check import expected
+from megatron_completedp.check.coordinate import describe, finding, places
+from megatron_completedp.check.figures import ladder_figure
+from megatron_completedp.check.measure import Bench, Key, Ladder, slopes
+from megatron_completedp.check.report import Finding, Report
+from megatron_completedp.check.settings import command_line
+from megatron_completedp.check.sizes import base_run
+from megatron_completedp.config.run import RunConfig
+from megatron_completedp.core.multipliers import ModuleMultipliers
+from megatron_completedp.core.roles import Module
+from megatron_completedp.core.tables import Parametrization
+
+#: The first update alone: its gradient is the one that eps was set by.
+STEPS = (0, 1)
+
+EXCEPTIONS = (
+    "eps and weight decay are the check's own: eps of every module is its gradient's RMS at the "
+    "base, and decay is on for gains too, so that their cells of the table are seen.",
+    "QK gains: their gradient falls with up to N^-1/2 while the table, for the coherent sum, "
+    "leaves their eps alone; their updates may fall by up to that.",
+    "Embedding rows of rare tokens have gradients far below the RMS, those of frequent ones far "
+    "above it: the embedding's update moves less with eps than the others'.",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpsSettings:
+    """What the eps check measures."""
+
+    run: str | None = None
+    """YAML of the run that is the base; none means a small built-in one on synthetic tokens."""
+    parametrization: Parametrization | None = None
+    """Rules to check in place of the run's."""
+    widths: tuple[float, ...] = (1, 2, 4)
+    """Ratios of the width to the base's."""
+    depths: tuple[float, ...] = (1, 2, 4)
+    """Ratios of the depth to the base's."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Seeds of weights and data, over which slopes are averaged."""
+
+
+def run(settings: EpsSettings, out: Path) -> Report:
+    """Measure updates and decay along the ladders of `settings`, which must all be flat."""
+    base = base_run(settings.run, settings.parametrization)
+    alpha = base.rules.depth_alpha
+    ladders = [
+        Ladder(axis="width", ratios=settings.widths, seeds=settings.seeds, alpha=alpha),
+        Ladder(axis="depth", ratios=settings.depths, seeds=settings.seeds, alpha=alpha),
+        Ladder(axis="batch", ratios=(1, 4), seeds=settings.seeds[:1], alpha=alpha),
+        Ladder(axis="duration", ratios=(1, 4), seeds=settings.seeds[:1], alpha=alpha),
+    ]
+    findings: list[Finding] = []
+    figures = []
+    near = eps_at_gradient(base, settings.seeds)
+    with Bench(near, out, steps=STEPS, optimizer=True) as bench:
+        for ladder in ladders:
+            found, points = slopes(bench, ladder)
+            findings += examine(ladder, found, base.rules.depth_weight_decay)
+            if ladder.axis in ("width", "depth"):
+                figures.append(ladder_figure(ladder, points, "update", 0, {"": 0.0}))
+    return Report(
+        title="Eps check",
+        question="Do updates keep their size when eps is as large as the gradient, and does weight "
+        "decay over a run?",
+        command=command_line(),
+        findings=tuple(findings),
+        figures=tuple(figures),
+        settings=describe(bench, ladders),
+        exceptions=EXCEPTIONS,
+    )
+
+
+def eps_at_gradient(base: RunConfig, seeds: Sequence[int]) -> RunConfig:
+    """`base` with eps of each module type at the RMS of its first gradient, and decay on."""
+    ladder = Ladder(axis="width", ratios=(1,), seeds=tuple(seeds))
+    with Bench(base, None, steps=STEPS) as bench:
+        measured = [bench.series(ladder, 1, seed) for seed in seeds]
+    eps = {
+        Module(key.name): 2 ** fmean(series[key] for series in measured)
+        for key in measured[0]
+        if (key.quantity, key.step) == ("gradient", 0)
+    }
+    return replace(
+        base,
+        hyperparams=replace(base.hyperparams, eps=1.0, weight_decay=0.1, gain_weight_decay=0.1),
+        multipliers=replace(
+            base.multipliers,
+            types={module: ModuleMultipliers(eps_mult=value) for module, value in eps.items()},
+        ),
+    )
+
+
+def examine(ladder: Ladder, found: dict[Key, float], depth_weight_decay: str) -> Iterator[Finding]:
+    """The findings of one ladder."""
+    if ladder.axis in ("width", "depth"):
+        for name, where in places(found, "update"):
+            band = expected.update(name, ladder.axis)
+            yield finding(ladder, found, ("update", name, where), [0], band)
+        for name, where in places(found, "memory"):
+            band = expected.update(name, ladder.axis)
+            yield finding(ladder, found, ("memory", name, where), [0], band)
+    for name, where in places(found, "decay"):
+        band = expected.decay(name, ladder.axis, ladder.alpha, depth_weight_decay)
+        yield finding(ladder, found, ("decay", name, where), [0], band)

@@ -1,0 +1,101 @@
+"""Figures of the ladders: root mean squares against size."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from megatron_completedp.check.measure import Key, Ladder
+from megatron_completedp.check.report import FigureSpec
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+#: Mean log2 RMS by ratio, for each series.
+Points = Mapping[Key, Mapping[float, float]]
+
+#: Shown in figures: enough to see what happens and few enough to tell apart.
+_SHOWN = ("embedding", "q", "o", "down", "residual", "logits")
+
+
+def change_figure(ladder: Ladder, points: Points, steps: Sequence[int]) -> FigureSpec:
+    """Changes since step 0 against size, one panel per place and one line per step."""
+    late = [step for step in steps if step > 0]
+
+    def draw(figure: Figure) -> None:
+        from megatron_completedp.check.plot import ladder_colors, log2_axis
+
+        panels = figure.subplots(2, 3, sharex=True).flat
+        for axes, name in zip(panels, _SHOWN, strict=True):
+            where = _where(ladder, name, points)
+            for step, color in zip(late, ladder_colors(len(late)), strict=True):
+                by_ratio = points.get(Key("change", name, where, step), {})
+                ratios = list(by_ratio)
+                axes.plot(ratios, [2 ** by_ratio[r] for r in ratios], "o-", color=color)
+            axes.set_title(name)
+            axes.set_yscale("log", base=2)
+            log2_axis(axes, ladder.ratios)
+        figure.supxlabel(f"{ladder.axis} over the base's")
+        figure.supylabel("RMS of the change since step 0")
+
+    alpha = f" at alpha {ladder.alpha:g}" if ladder.axis == "depth" else ""
+    name = f"change_{ladder.axis}" + (f"_alpha{ladder.alpha:g}" if ladder.axis == "depth" else "")
+    return FigureSpec(
+        name=name.replace(".", "_"),
+        caption=f"How far activations have moved since step 0, against {ladder.axis}{alpha}. "
+        f"Lines from dark to light: steps {', '.join(map(str, late))}. Flat is right.",
+        draw=draw,
+        size=(7.5, 4.6),
+    )
+
+
+def ladder_figure(
+    ladder: Ladder, points: Points, quantity: str, step: int, exponents: Mapping[str, float]
+) -> FigureSpec:
+    """One quantity of every module against size, over its value at the base.
+
+    `exponents` are the slopes expected by name; each is drawn as a dashed line.
+    """
+
+    def draw(figure: Figure) -> None:
+        from megatron_completedp.check.plot import label_lines, log2_axis
+
+        axes = figure.subplots()
+        for slope in sorted(set(exponents.values())):
+            ends = (min(ladder.ratios), max(ladder.ratios))
+            axes.plot(ends, [end**slope for end in ends], "--", color="#999999", linewidth=1)
+        for key, by_ratio in _of(points, quantity, step):
+            ratios = list(by_ratio)
+            start = by_ratio[ratios[0]]
+            axes.plot(ratios, [2 ** (by_ratio[r] - start) for r in ratios], label=key.name)
+        axes.set_yscale("log", base=2)
+        log2_axis(axes, ladder.ratios)
+        axes.set_xlabel(f"{ladder.axis} over the base's")
+        axes.set_ylabel(f"RMS {quantity} over the base's")
+        label_lines(axes)
+
+    return FigureSpec(
+        name=f"{quantity}_{ladder.axis}",
+        caption=f"RMS {quantity} of every module against {ladder.axis}, over its value at the "
+        "base. Dashed: the derived exponents "
+        f"({', '.join(f'{slope:g}' for slope in sorted(set(exponents.values())))}).",
+        draw=draw,
+        size=(5.6, 4.4),
+    )
+
+
+def _of(points: Points, quantity: str, step: int) -> Iterable[tuple[Key, Mapping[float, float]]]:
+    return (
+        (key, by_ratio)
+        for key, by_ratio in points.items()
+        if (key.quantity, key.step) == (quantity, step) and key.where in ("", "layers", "middle")
+    )
+
+
+def _where(ladder: Ladder, name: str, points: Points) -> str:
+    """The position that stands for `name`: all layers, or the middle (the end of the stream)."""
+    if name in ("embedding", "logits"):
+        return ""
+    if ladder.axis != "depth":
+        return "layers"
+    return "last" if name == "residual" else "middle"

@@ -1,0 +1,83 @@
+"""Do gradients scale in width and depth as the rules were derived? (Rules, section 3.)"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_completedp.check import expected
+from megatron_completedp.check.coordinate import describe, finding, places
+from megatron_completedp.check.figures import ladder_figure
+from megatron_completedp.check.measure import Bench, Key, Ladder, slopes
+from megatron_completedp.check.report import Finding, Report
+from megatron_completedp.check.settings import command_line
+from megatron_completedp.check.sizes import base_run
+from megatron_completedp.core.tables import Parametrization
+
+#: Finished steps before the gradients that are averaged; the last step has none.
+STEPS = (0, 1, 2, 5, 10, 11)
+
+EXCEPTIONS = (
+    "A finding is the mean slope over the first gradient and those after 1, 2, 5 and 10 steps: at "
+    "step 0 alone the gradients upstream fall faster than 1/N, later more slowly.",
+    "QK gains are shared by all heads: between 0 and -1/2 in width, which no eps rule can follow.",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradientSettings:
+    """What the gradient check measures."""
+
+    run: str | None = None
+    """YAML of the run that is the base; none means a small built-in one on synthetic tokens."""
+    parametrization: Parametrization | None = None
+    """Rules to check in place of the run's."""
+    widths: tuple[float, ...] = (1, 2, 4)
+    """Ratios of the width to the base's."""
+    depths: tuple[float, ...] = (1, 2, 4)
+    """Ratios of the depth to the base's."""
+    alphas: tuple[float, ...] = (1, 0.5)
+    """Depth exponents that the ladder of depths is measured at."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Seeds of weights and data, over which slopes are averaged."""
+
+
+def run(settings: GradientSettings, out: Path) -> Report:
+    """Measure the ladders of `settings` and hold their slopes to the derived ones."""
+    base = base_run(settings.run, settings.parametrization)
+    ladders = [
+        Ladder(axis="width", ratios=settings.widths, seeds=settings.seeds),
+        *(
+            Ladder(axis="depth", ratios=settings.depths, seeds=settings.seeds, alpha=alpha)
+            for alpha in settings.alphas
+        ),
+    ]
+    findings: list[Finding] = []
+    figures = []
+    with Bench(base, out, steps=STEPS) as bench:
+        for ladder in ladders:
+            found, points = slopes(bench, ladder)
+            findings += examine(ladder, found, STEPS)
+            if ladder.alpha == 1:
+                exponents = {
+                    name: expected.gradient(name, ladder.axis, ladder.alpha).middle
+                    for name, _ in places(found, "gradient")
+                }
+                figures.append(ladder_figure(ladder, points, "gradient", 0, exponents))
+    return Report(
+        title="Gradient check",
+        question="Do gradients scale with width and depth as the rules assume?",
+        command=command_line(),
+        findings=tuple(findings),
+        figures=tuple(figures),
+        settings=describe(bench, ladders),
+        exceptions=EXCEPTIONS,
+    )
+
+
+def examine(ladder: Ladder, found: dict[Key, float], steps: Sequence[int]) -> Iterator[Finding]:
+    """The findings of one ladder from the slopes at all of `steps` but the last."""
+    for name, where in places(found, "gradient"):
+        band = expected.gradient(name, ladder.axis, ladder.alpha)
+        yield finding(ladder, found, ("gradient", name, where), steps[:-1], band)

@@ -1,0 +1,239 @@
+"""Engines along an axis, each measured once, and the slopes of what was measured.
+
+A series is one quantity of one module at one step. Its slope is that of log2 RMS, averaged over
+seeds, against log2 of the size's ratio to the base.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any, NamedTuple
+
+import torch.distributed as dist
+
+from megatron_completedp.check.expected import Axis
+from megatron_completedp.check.fit import slope
+from megatron_completedp.check.probe import (
+    Processes,
+    Record,
+    observable,
+    probe,
+    probe_optimizer,
+    processes,
+)
+from megatron_completedp.check.results import Results
+from megatron_completedp.check.sizes import moved
+from megatron_completedp.check.tokens import Batches, token_sequences
+from megatron_completedp.config.load import NOT_THE_RUN, to_tree
+from megatron_completedp.config.run import RunConfig
+from megatron_completedp.core.tables import Table
+from megatron_completedp.errors import ConfigError, TrainingDiverged
+
+#: Places whose input has passed through half a layer more than the layer's own input.
+_SECOND_HALF = frozenset({"mlp_norm", "gate", "up", "down", "mlp_branch"})
+
+
+class Key(NamedTuple):
+    """What a series measures."""
+
+    quantity: str
+    name: str
+    where: str
+    """Empty outside the stack; along depth first, middle or last; else `layers`, their mean."""
+    step: int
+
+
+#: log2 RMS by series, of one engine. Empty for one that diverged.
+Series = Mapping[Key, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ladder:
+    """Sizes of one axis, by their ratio to the base."""
+
+    axis: Axis
+    ratios: tuple[float, ...]
+    seeds: tuple[int, ...]
+    alpha: float = 1.0
+    """Depth exponent of the rules."""
+
+
+class Bench:
+    """Measures the engines of one base, and keeps what it measured.
+
+    A context manager: inside it, Megatron's groups are up, and all ranks make the same calls.
+    """
+
+    def __init__(
+        self, base: RunConfig, out: Path | None, *, steps: Sequence[int], optimizer: bool = False
+    ) -> None:
+        """`steps` are those of `probe`; with `optimizer`, `probe_optimizer` is measured too.
+
+        Rows are kept in `out`/results.jsonl where a folder is given, and not measured again.
+        """
+        self.base = observable(base)
+        self.steps = tuple(steps)
+        self._optimizer = optimizer
+        self._out = out
+        self._known: dict[str, Series] = {}
+        self._stack = ExitStack()
+        self._processes: Processes
+        self._results: Results | None = None
+
+    def __enter__(self) -> Bench:
+        self._processes = self._stack.enter_context(processes(self.base))
+        known: list[dict[str, Any]] = []
+        if self._out is not None and dist.get_rank() == 0:
+            identity = {
+                "steps": self.steps,
+                "optimizer": self._optimizer,
+                "run": run_identity(self.base),
+            }
+            self._results = Results(self._out / "results.jsonl", identity)
+            known = self._results.rows()
+        shared = [known]
+        dist.broadcast_object_list(shared)  # every rank must skip the same engines
+        self._known = {_point(row): _series(row) for row in shared[0]}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+    def beside(self, base: RunConfig, *, steps: Sequence[int], optimizer: bool) -> Bench:
+        """Another bench in the same processes, without a file; `base` has this one's layout."""
+        other = Bench(base, None, steps=steps, optimizer=optimizer)
+        other._processes = self._processes
+        return other
+
+    def series(
+        self, ladder: Ladder, ratio: float, seed: int, *, table: Table | None = None
+    ) -> Series:
+        """Measure one engine; with a `table` of one's own the row is not kept.
+
+        At the base shape every table says the same, so that the base is measured once.
+        """
+        rules = replace(self.base.rules, depth_alpha=ladder.alpha)
+        axis, alpha = ladder.axis, ladder.alpha
+        if ratio == 1:
+            # The same engine on every axis; only along depth are its layers averaged otherwise.
+            axis, alpha = ("depth" if axis == "depth" else "width"), 1.0
+        labels: dict[str, Any] = {"axis": axis, "ratio": ratio, "alpha": alpha, "seed": seed}
+        name = _point(labels)
+        if name in self._known and (table is None or ratio == 1):
+            return self._known[name]
+        config = moved(replace(self.base, rules=rules, seed=seed), ladder.axis, ratio)
+        found = self._measure(config, ladder, table)
+        if table is None or ratio == 1:
+            self._known[name] = found
+            if self._results is not None:
+                rows = {"/".join(map(str, key)): value for key, value in found.items()}
+                self._results.append({**labels, "log2_rms": rows})
+        return found
+
+    def _measure(self, config: RunConfig, ladder: Ladder, table: Table | None) -> Series:
+        # How batch and duration act on training is the sde check's; here, where they start from.
+        trained = ladder.axis in ("width", "depth") or config.base == config.scale
+        steps = self.steps if trained else (0,)
+        samples = (max(steps) + 1) * config.training.global_batch_size
+        cache = (self._out or Path(config.run_dir)) / "cache"
+        batches = Batches(config, token_sequences(config, samples, cache))
+        try:
+            records = probe(config, self._processes, batches, steps=steps, table=table)
+        except TrainingDiverged:
+            return {}
+        if self._optimizer:
+            records += probe_optimizer(config, self._processes, batches, table)
+        return summarize(records, ladder.axis, config.model.num_layers)
+
+
+def slopes(
+    bench: Bench, ladder: Ladder, *, table: Table | None = None
+) -> tuple[dict[Key, float], dict[Key, dict[float, float]]]:
+    """The slope of every series along `ladder`, and the points: mean log2 RMS by ratio.
+
+    A series that diverged anywhere has a slope of NaN. Raises ConfigError for a ladder of one size.
+    """
+    if len(set(ladder.ratios)) < 2:
+        raise ConfigError(
+            f"the {ladder.axis} ladder has the ratios {ladder.ratios}; expected two or more "
+            "different ones, or there is no slope."
+        )
+    measured = {
+        ratio: [bench.series(ladder, ratio, seed, table=table) for seed in ladder.seeds]
+        for ratio in sorted(set(ladder.ratios))
+    }
+    keys = dict.fromkeys(key for seeds in measured.values() for one in seeds for key in one)
+    points = {
+        key: {
+            ratio: fmean(one.get(key, math.nan) for one in seeds)
+            for ratio, seeds in measured.items()
+        }
+        for key in keys
+    }
+    found = {
+        key: slope([math.log2(ratio) for ratio in by_ratio], list(by_ratio.values())).value
+        for key, by_ratio in points.items()
+    }
+    return found, points
+
+
+def summarize(records: Sequence[Record], axis: Axis, num_layers: int) -> Series:
+    """One number per series: log2 of the mean RMS over the layers of each position."""
+    values: dict[Key, list[float]] = {}
+    for record in records:
+        for position in _where(record, axis, num_layers):
+            key = Key(record.quantity, record.name, position, record.step)
+            values.setdefault(key, []).append(record.rms)
+    # NaN, not -inf, where all is zero: there is nothing to fit, and a finding on it fails.
+    return {
+        key: math.log2(mean) if (mean := fmean(rms)) > 0 else math.nan
+        for key, rms in values.items()
+    }
+
+
+def _where(record: Record, axis: Axis, num_layers: int) -> list[str]:
+    """The positions whose mean `record` is part of.
+
+    Along depth, networks are compared where their inputs have passed through the same part of all
+    layers: at the first layer none, in the middle half, at the end all.
+    """
+    layer, half = record.layer, num_layers // 2
+    if layer is None:
+        return [""]
+    if axis != "depth":
+        return ["layers"]
+    if record.name == "residual":  # the stream after a layer
+        return ["middle"] * (layer == half - 1) + ["last"] * (layer == num_layers - 1)
+    if record.name in _SECOND_HALF:
+        # Their middle lies between two layers; changes grow in proportion to the position.
+        return ["middle"] * (layer in (half - 1, half))
+    return ["first"] * (layer == 0) + ["middle"] * (layer == half)
+
+
+def _point(labels: Mapping[str, Any]) -> str:
+    return "/".join(str(labels[name]) for name in ("axis", "ratio", "alpha", "seed"))
+
+
+def _series(row: Mapping[str, Any]) -> Series:
+    found = {}
+    for text, value in row["log2_rms"].items():
+        quantity, name, where, step = text.split("/")
+        found[Key(quantity, name, where, int(step))] = value
+    return found
+
+
+def run_identity(base: RunConfig) -> dict[str, Any]:
+    """What the rows of a check are measurements of; a row names its seed and its alpha itself."""
+    tree = to_tree(base)
+    for path in (*NOT_THE_RUN, "seed", "depth_alpha"):
+        *sections, name = path.split(".")
+        parent = tree
+        for section in sections:
+            parent = parent[section]
+        del parent[name]
+    return tree
