@@ -102,6 +102,8 @@ class RunConfig:
         self._check_length()
         # Width, heads and d_ff must have grown together from the base: raises when they have not.
         _ = self.ratios
+        base_layers = self.base.num_layers if self.base else self.model.num_layers
+        self.multipliers.depth.check_depth(base_layers)
 
     def _check_length(self) -> None:
         tokens, steps = self.training.train_tokens, self.training.train_steps

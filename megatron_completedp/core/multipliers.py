@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from types import MappingProxyType
 
-from megatron_completedp.core.roles import Module
+from megatron_completedp.core.roles import GAIN_ROLES, MODULE_ROLES, Module
 from megatron_completedp.errors import ConfigError
 
 
@@ -30,7 +30,7 @@ class ModuleMultipliers:
     eps_mult: float = 1.0
     """On Adam's eps."""
     init_std_mult: float = 1.0
-    """On the standard deviation of the initial weights (gains have none)."""
+    """On the standard deviation of the initial weights; 1 for gains, which have none."""
 
     def __post_init__(self) -> None:
         for item in fields(self):
@@ -58,6 +58,20 @@ class DepthProfiles:
         for item in fields(self):
             for value in getattr(self, item.name):
                 _require_positive(f"multipliers.depth.{item.name}", value)
+
+    def check_depth(self, num_layers: int) -> None:
+        """Raise ConfigError unless every profile has one factor for each base layer, or none.
+
+        A profile of another length would be taken for one that was tuned at that depth.
+        """
+        for item in fields(self):
+            profile = getattr(self, item.name)
+            if profile and len(profile) != num_layers:
+                raise ConfigError(
+                    f"multipliers.depth.{item.name} has {len(profile)} factors; expected one for "
+                    f"each of the base's {num_layers} layers. Give the profile as it was tuned at "
+                    "the base (it moves to this model's depth by itself), or leave it empty."
+                )
 
     def to_depth(self, num_layers: int) -> DepthProfiles:
         """The same profiles at `num_layers` layers."""
@@ -91,6 +105,13 @@ class Multipliers:
     def __post_init__(self) -> None:
         _require_positive("multipliers.attention_residual_mult", self.attention_residual_mult)
         _require_positive("multipliers.mlp_residual_mult", self.mlp_residual_mult)
+        for module, factors in self.types.items():
+            if MODULE_ROLES[module] in GAIN_ROLES and factors.init_std_mult != 1:
+                raise ConfigError(
+                    f"multipliers.types.{module}.init_std_mult is {factors.init_std_mult}, but "
+                    f"{module} is a gain: it starts at 1 and has no standard deviation. Leave "
+                    "init_std_mult out."
+                )
 
     def of(self, module: Module) -> ModuleMultipliers:
         """The type factors of `module`."""

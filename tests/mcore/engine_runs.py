@@ -22,7 +22,7 @@ from megatron_completedp.config.sections import TrainingConfig
 from megatron_completedp.core.hyperparams import BaseHyperparams, Resolved
 from megatron_completedp.core.multipliers import DepthProfiles, ModuleMultipliers, Multipliers
 from megatron_completedp.core.ratios import Scale
-from megatron_completedp.core.roles import Module
+from megatron_completedp.core.roles import GAIN_ROLES, MODULE_ROLES, Module
 from megatron_completedp.core.schedule import Schedule
 from megatron_completedp.core.shape import ModelShape
 from megatron_completedp.core.tables import Rules
@@ -103,7 +103,13 @@ def distinct_multipliers(model: ModelShape) -> Multipliers:
     }
     return Multipliers(
         types={
-            module: ModuleMultipliers(**{name: column[i] for name, column in by_field.items()})
+            module: ModuleMultipliers(
+                **{
+                    name: column[i]
+                    for name, column in by_field.items()
+                    if name != "init_std_mult" or MODULE_ROLES[module] not in GAIN_ROLES
+                }
+            )
             for i, module in enumerate(modules)
             if module in model.modules
         },

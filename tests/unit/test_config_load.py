@@ -193,7 +193,7 @@ def test_multipliers_by_module() -> None:
 FULL = {
     "depth_alpha": 0.5,
     "multipliers.types": {"q": {"lr_mult": 2}, "o": {"init_std_mult": 0.5}},
-    "multipliers.depth.lr_mult": [0.5, 1, 1, 2],
+    "multipliers.depth.lr_mult": [0.5, 2],
     "data.train": ["a/b", "123"],
     "data.train_weights": [1, 3],
     "parallel.tensor_model_parallel_size": 2,

@@ -151,3 +151,15 @@ def test_sections_are_frozen_and_small(cls: type) -> None:
 def test_help_texts_are_found(cls: type) -> None:
     """The string under a field is its help; a parser that lost them would leave flags bare."""
     assert [entry.name for entry in keys(cls) if not entry.doc] == []
+
+
+def test_a_depth_profile_belongs_to_the_base() -> None:
+    """The sample has 4 layers and a base of 2; alone, a run is its own base."""
+    fits = {"multipliers.depth.lr_mult": [0.5, 2]}
+    own = {"multipliers.depth.lr_mult": [0.5, 1, 1, 2]}
+    assert len(make(**fits).multipliers.depth.lr_mult) == 2
+    assert len(make(**own, base=None).multipliers.depth.lr_mult) == 4
+    with pytest.raises(ConfigError, match=r"has 4 factors; .* the base's 2 layers"):
+        make(**own)
+    with pytest.raises(ConfigError, match=r"has 2 factors; .* the base's 4 layers"):
+        make(**fits, base=None)

@@ -110,3 +110,19 @@ def test_factors_must_be_positive_and_finite(value: float) -> None:
         DepthProfiles(lr_mult=(1.0, value))
     with pytest.raises(ConfigError, match=f"mlp_residual_mult is {value}; expected a positive"):
         Multipliers(mlp_residual_mult=value)
+
+
+def test_a_gain_has_no_init_std_to_multiply() -> None:
+    for module in (Module.ATTENTION_NORM, Module.Q_NORM, Module.FINAL_NORM):
+        with pytest.raises(ConfigError, match=rf"types\.{module}\.init_std_mult is 2\.0, but"):
+            Multipliers(types={module: ModuleMultipliers(init_std_mult=2.0)})
+        Multipliers(types={module: ModuleMultipliers(lr_mult=2.0)})
+    Multipliers(types={Module.Q: ModuleMultipliers(init_std_mult=2.0)})
+
+
+def test_a_profile_has_one_factor_for_each_base_layer() -> None:
+    profiles = DepthProfiles(lr_mult=(0.5, 2.0))
+    profiles.check_depth(2)
+    DepthProfiles().check_depth(7)
+    with pytest.raises(ConfigError, match=r"depth\.lr_mult has 2 factors; .* the base's 4 layers"):
+        profiles.check_depth(4)

@@ -28,8 +28,8 @@ def plan(tmp_path: Path, capsys: pytest.CaptureFixture[str], *flags: str, **chan
 
 PROFILE = {
     "multipliers.types": {"q": {"lr_mult": 3, "eps_mult": 2, "one_minus_beta1_mult": 0.5}},
-    "multipliers.depth.lr_mult": [0.5, 1, 1, 2],
-    "multipliers.depth.attention_residual_mult": [2, 1, 1, 0.5],
+    "multipliers.depth.lr_mult": [0.5, 2],
+    "multipliers.depth.attention_residual_mult": [2, 0.5],
 }
 
 
