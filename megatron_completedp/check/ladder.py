@@ -11,13 +11,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from megatron_completedp.check.expected import Axis
 from megatron_completedp.check.fit import mean_curve
+from megatron_completedp.check.sizes import moved
 from megatron_completedp.check.transfer_settings import TransferSettings
 from megatron_completedp.config.load import NOT_THE_RUN, to_tree
 from megatron_completedp.config.run import RunConfig
 from megatron_completedp.config.sections import CheckpointConfig, DivergenceConfig, LoggingConfig
 from megatron_completedp.core.ratios import Ratios
-from megatron_completedp.core.shape import ModelShape
 from megatron_completedp.core.tables import Parametrization
 from megatron_completedp.errors import ConfigError
 from megatron_completedp.plan.run_plan import Plan
@@ -86,42 +87,40 @@ class Ladder:
 
     def sized(self, size: int) -> RunConfig:
         """The base run grown to `size`, with the base's hyperparameters and one evaluation."""
-        base, model, training = self.base, self.base.model, self.base.training
-        batch, tokens = training.global_batch_size, base.train_tokens
-        match self.settings.axis:
-            case "width":
-                model = widened(model, size)
-            case "depth":
-                model = replace(model, num_layers=size)
-            case "batch":
-                batch = size
-            case "duration":
-                tokens = size
-            case "joint":
-                model = widened(model, size * model.hidden_size)
-                model = replace(model, num_layers=size * model.num_layers)
-                batch, tokens = size * batch, size * size * tokens
+        config = self.base
+        for axis, ratio in self._moves(size):
+            config = moved(config, axis, ratio)
+        # Short runs: a stop saves, nothing else does, and a run that diverged is a result.
         config = replace(
-            base,
-            base=base.base or base.scale,
-            model=model,
-            training=replace(
-                training,
-                global_batch_size=batch,
-                micro_batch_size=math.gcd(batch, training.micro_batch_size),
-                train_tokens=tokens,
-                train_steps=None,
-            ),
-            # Short runs: a stop saves, nothing else does, and a run that diverged is a result.
+            config,
             checkpoint=CheckpointConfig(interval=0, save_at_end=False),
             divergence=DivergenceConfig(),
         )
         return replace(
             config,
-            evaluation=replace(base.evaluation, interval=config.steps),
+            evaluation=replace(config.evaluation, interval=config.steps),
             # Ten rows in the last tenth of the run, over which the training loss is averaged.
             logging=LoggingConfig(interval=max(1, config.steps // 100)),
         )
+
+    def _moves(self, size: int) -> tuple[tuple[Axis, float], ...]:
+        """The axes to move for `size`, each with its ratio to the base run."""
+        base, axis = self.base, self.settings.axis
+        if axis == "joint":
+            return (("width", size), ("depth", size), ("batch", size), ("duration", size * size))
+        head_dim = base.model.head_dim
+        if axis == "width" and size % head_dim:
+            raise ConfigError(
+                f"sizes has the width {size}, which model.head_dim = {head_dim} does not divide; "
+                "width grows by whole heads. Use multiples of the head size."
+            )
+        present = {
+            "width": base.model.hidden_size,
+            "depth": base.model.num_layers,
+            "batch": base.training.global_batch_size,
+            "duration": base.train_tokens,
+        }
+        return ((axis, size / present[axis]),)
 
     def points(
         self, parametrization: Parametrization, size: int, multiples: Iterable[float]
@@ -234,36 +233,6 @@ def next_multiple(curve: Mapping[float, float]) -> float | None:
         if math.isinf(curve[neighbour]) and abs(neighbour - xs[lowest]) > FINEST_STEP:
             return (neighbour + xs[lowest]) / 2
     return None
-
-
-def widened(shape: ModelShape, hidden_size: int) -> ModelShape:
-    """`shape` at another width: heads of the same size are added, d_ff grows in proportion.
-
-    Raises ConfigError when heads or query groups would not come out whole.
-    """
-    if hidden_size % shape.head_dim:
-        raise ConfigError(
-            f"sizes has the width {hidden_size}, which model.head_dim = {shape.head_dim} does not "
-            "divide; width grows by whole heads. Use multiples of the head size."
-        )
-
-    def grown(name: str, value: int) -> int:
-        if value * hidden_size % shape.hidden_size:
-            raise ConfigError(
-                f"sizes has the width {hidden_size}, at which model.{name} would be "
-                f"{value * hidden_size / shape.hidden_size:g} ({value} at {shape.hidden_size}); "
-                "use widths at which it is a whole number."
-            )
-        return value * hidden_size // shape.hidden_size
-
-    groups = shape.num_query_groups
-    return replace(
-        shape,
-        hidden_size=hidden_size,
-        ffn_hidden_size=round(shape.ffn_hidden_size * hidden_size / shape.hidden_size),
-        num_attention_heads=grown("num_attention_heads", shape.num_attention_heads),
-        num_query_groups=None if groups is None else grown("num_query_groups", groups),
-    )
 
 
 def _by_seed(points: Iterable[Point], losses: Mapping[str, float]) -> list[dict[float, float]]:

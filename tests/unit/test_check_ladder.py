@@ -190,7 +190,7 @@ def test_bad_settings_are_refused(settings: dict[str, Any], message: str) -> Non
 
 def test_a_width_without_whole_query_groups_is_refused() -> None:
     base = base_run(**{"model.num_query_groups": 2})
-    with pytest.raises(ConfigError, match=r"num_query_groups would be 2\.5 \(2 at 32\)"):
+    with pytest.raises(ConfigError, match=r"num_query_groups = 2 into 2\.5"):
         ladder(base, sizes=(32, 40))
 
 
