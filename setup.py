@@ -27,8 +27,13 @@ setup(
         "tyro>=0.9",
         "matplotlib",
         "tqdm",
+        "orjson",
+        "zstandard",
+        "fsspec",
     ],
     extras_require={
+        # gigatoken: the fast engine; tokenizers: a tokenizer.json; pyarrow: Parquet.
+        "preprocess": ["gigatoken>=0.10", "tokenizers", "pyarrow"],
         "tensorboard": ["tensorboard"],
         "test": ["pytest", "hypothesis", "ruff", "mypy", "types-PyYAML"],
     },

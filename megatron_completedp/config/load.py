@@ -36,6 +36,7 @@ NOT_THE_RUN = (
     "divergence",
     "evaluation",
     "data.cache_dir",
+    "data.verify_hashes",
     "checkpoint",
     "logging",
 )

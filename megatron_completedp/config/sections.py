@@ -119,6 +119,8 @@ class DataConfig:
     """Path of the tokenizer's file or folder; recorded beside checkpoints."""
     cache_dir: str | None = None
     """Folder for sample indices; none means a folder in run_dir."""
+    verify_hashes: bool = False
+    """Compare every byte with the manifests at the start, not sizes alone; the ranks divide it."""
 
     def __post_init__(self) -> None:
         for split in ("train", "valid"):

@@ -10,19 +10,23 @@ from typing import Any
 import tyro
 
 from megatron_completedp.config.cli import run_command
-from megatron_completedp.data.prepare import PrepareSummary
-from megatron_completedp.data.prepare import prepare as prepare_pair
+from megatron_completedp.data import preprocess
 from megatron_completedp.data.quick import QuickSettings
 from megatron_completedp.data.quick import quick as fill_folder
+from megatron_completedp.data.readers import read_texts
+from megatron_completedp.data.report import format_table
 from megatron_completedp.data.sample_corpus import write_sample_corpus
-from megatron_completedp.data.tokenizer import load_tokenizer, train_sentencepiece
+from megatron_completedp.data.sources import Source, find_files
+from megatron_completedp.data.tokenizer import train_sentencepiece
 
 PROG = "python -m megatron_completedp.data"
 DESCRIPTION = """\
-Turn JSONL text into the .bin/.idx token files that training reads. `quick` does everything on a
-small corpus that needs no download.
+Turn text into the .bin/.idx token files that training reads. `preprocess` does it for RedPajama and
+any JSONL or Parquet, on any number of processes (its own --help; also
+tools/preprocess_redpajama.py). `quick` does everything on a small corpus that needs no download.
 
-Example:
+Examples:
+  python -m megatron_completedp.data preprocess --config examples/preprocess/redpajama.yaml
   python -m megatron_completedp.data quick --out data
 """
 
@@ -46,44 +50,26 @@ def sample(
         (name, f"{split.documents:,}", f"{split.text_bytes / 1e6:.2f}")
         for name, split in splits.items()
     ]
-    _print_table(("split", "documents", "MB"), rows)
+    print(format_table(("split", "documents", "MB"), rows))
 
 
 def tokenizer(
-    inputs: list[Path],
+    inputs: list[str],
     out: Path = Path("data/tokenizer.model"),
     vocab_size: int = QuickSettings.vocab_size,
 ) -> None:
-    """Train a SentencePiece byte-pair tokenizer on the text of JSONL files.
+    """Train a SentencePiece byte-pair tokenizer on the text of files or folders.
 
-    Example: python -m megatron_completedp.data tokenizer --inputs data/jsonl/train/*/*.jsonl
+    Example: python -m megatron_completedp.data tokenizer --inputs data/jsonl/train
 
     Args:
-        inputs: JSONL files with a "text" in each row; leave validation files out.
+        inputs: What `preprocess` takes as sources; leave validation files out. All in memory.
         out: The model file to write.
         vocab_size: Token ids, the 256 bytes and 3 control ids included.
     """
-    model = train_sentencepiece(inputs, vocab_size, out)
+    files = find_files([Source(path=path) for path in inputs])
+    model = train_sentencepiece(read_texts(files), vocab_size, out)
     print(f"{out}: {model.vocab_size} ids, end of document {model.eod}, sha256 {model.sha256}")
-
-
-def prepare(
-    inputs: list[Path],
-    prefix: Path = Path("data/train"),
-    tokenizer: Path = Path("data/tokenizer.model"),
-) -> None:
-    """Tokenize JSONL files into PREFIX.bin and PREFIX.idx, which training reads.
-
-    Example: python -m megatron_completedp.data prepare --inputs data/jsonl/train/*/*.jsonl
-    --prefix data/train
-
-    Args:
-        inputs: JSONL files with a "text" in each row, written in this order.
-        prefix: Where to write, without .bin or .idx.
-        tokenizer: A SentencePiece .model or a tokenizer.json.
-    """
-    summary = prepare_pair(inputs, load_tokenizer(tokenizer), prefix)
-    _print_summaries({str(prefix): summary})
 
 
 def quick(
@@ -103,10 +89,6 @@ def quick(
         vocab_size: Token ids, the 256 bytes and 3 control ids included.
     """
     settings = QuickSettings(max_mb=max_mb, valid_mb=valid_mb, vocab_size=vocab_size)
-    _print_summaries(fill_folder(out, settings))
-
-
-def _print_summaries(summaries: dict[str, PrepareSummary]) -> None:
     header = ("data", "documents", "MB", "tokens", "tokens/byte")
     rows = [
         (
@@ -116,29 +98,22 @@ def _print_summaries(summaries: dict[str, PrepareSummary]) -> None:
             f"{item.tokens:,}",
             f"{item.tokens_per_byte:.3f}",
         )
-        for name, item in summaries.items()
+        for name, item in fill_folder(out, settings).items()
     ]
-    _print_table(header, rows)
-
-
-def _print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """First column to the left, numbers to the right."""
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    for row in (header, *rows):
-        cells = [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
-        print("  ".join([row[0].ljust(widths[0]), *cells]))
+    print(format_table(header, rows))
 
 
 COMMANDS: dict[str, Callable[..., Any]] = {
     "sample": sample,
     "tokenizer": tokenizer,
-    "prepare": prepare,
     "quick": quick,
 }
 
 
 def main(argv: Sequence[str]) -> int:
     """Run the command that `argv` names. Returns the exit code."""
+    if argv[:1] == ["preprocess"]:  # its flags are those of its config, which YAML can give as well
+        return preprocess.main(argv[1:])
     tyro.extras.subcommand_cli_from_dict(COMMANDS, prog=PROG, description=DESCRIPTION, args=argv)
     return 0
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from megatron_completedp.data.layout import Format
@@ -115,3 +115,10 @@ class ShardReader:
                 f"The first is {self._first_bad}. The field read is {self.file.field!r}. Correct "
                 "the file or `field`, or raise max_bad_fraction."
             )
+
+
+def read_texts(files: Iterable[SourceFile]) -> Iterator[str]:
+    """The texts of `files`, in order; errors as of ShardReader."""
+    for file in files:
+        for batch in ShardReader(file):
+            yield from batch.texts

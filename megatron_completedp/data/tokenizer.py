@@ -14,14 +14,13 @@ import hashlib
 import io
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import sentencepiece
 
 from megatron_completedp.data.atomic import atomic_write
-from megatron_completedp.data.jsonl import read_texts
 from megatron_completedp.errors import DataError
 
 #: Names under which a tokenizer.json may hold the token that ends a document, in order of trust.
@@ -216,20 +215,18 @@ def load_tokenizer(path: Path) -> Tokenizer:
 
 
 def train_sentencepiece(
-    files: Sequence[Path], vocab_size: int, model_path: Path
+    texts: Iterable[str], vocab_size: int, model_path: Path
 ) -> SentencePieceTokenizer:
-    """Train a byte-pair model on the `text` of JSONL `files` and write it to `model_path`.
+    """Train a byte-pair model on `texts`, all of them in memory, and write it to `model_path`.
 
     Lossless: no normalization, no added space, unknown characters as bytes. Deterministic: one
     thread, no sampling, and no path in the model, so equal text gives an equal file. Ids 0, 1, 2
     are `<unk>`, `<s>`, `</s>`; 3 to 258 are the bytes. Raises DataError when `vocab_size` does not
     suit the text.
     """
-    if not files:
-        raise DataError(f"no input files for {model_path}; expected at least one JSONL file.")
     # Lines, because the trainer skips sentences above 4 kB, which most documents are; a list,
     # because it would swallow an error of ours that is raised while it reads.
-    lines = [line for path in files for text in read_texts(path) for line in text.splitlines()]
+    lines = [line for text in texts for line in text.splitlines()]
     buffer = io.BytesIO()
     options: dict[str, Any] = {
         "model_type": "bpe",
@@ -250,7 +247,7 @@ def train_sentencepiece(
         # What precedes the last bracket is a place in the trainer's source.
         reason = str(error).rpartition("] ")[2].strip()
         raise DataError(
-            f"vocab_size {vocab_size} does not suit the text of {len(files)} files: {reason} "
+            f"vocab_size {vocab_size} does not suit the {len(lines):,} lines of text: {reason} "
             "Change vocab_size or give more text."
         ) from error
     content = buffer.getvalue()

@@ -9,10 +9,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from megatron_completedp.config.run import RunConfig, check_world
-from megatron_completedp.data.indexed import check_pair
-from megatron_completedp.data.tokenizer import Tokenizer, load_tokenizer
-from megatron_completedp.errors import ConfigError, DataError
+from megatron_completedp.config.run import check_world
 from megatron_completedp.mcore.dataset import build_datasets
 from megatron_completedp.mcore.engine import Engine
 from megatron_completedp.mcore.groups import describe_groups
@@ -20,6 +17,7 @@ from megatron_completedp.mcore.parallel import initialize_parallel
 from megatron_completedp.mcore.platform import detect_platform
 from megatron_completedp.plan.run_plan import Plan
 from megatron_completedp.train import folder as run_folder
+from megatron_completedp.train.data_check import check_data
 from megatron_completedp.train.loop import Run, RunResult
 from megatron_completedp.train.signals import StopSignals
 from megatron_completedp.train.watchdog import GRACE_S, Watchdog
@@ -58,7 +56,7 @@ def _start(
     )
     # Every rank checks for itself, so that all of them stop on bad input and none waits.
     check_world(config, state.world_size)
-    tokenizer = check_data(config)
+    tokenizer = check_data(config, rank=state.rank, world_size=state.world_size)
     folder = run_folder.claim(config, may_change_hyperparams=bool(allowed_changes))
     dist.barrier()
     is_new = not (folder / run_folder.CONFIG_FILE).exists()
@@ -92,46 +90,3 @@ def _start(
     if state.rank == 0 and not is_new:
         run_folder.write_plan(folder, config, plan.resolved, plan.budget)
     return run
-
-
-def check_data(config: RunConfig) -> Tokenizer:
-    """Verify every .bin/.idx pair and that no token id can exceed the embedding.
-
-    Raises ConfigError or DataError before any model is built; returns the tokenizer.
-    """
-    data, model = config.data, config.model
-    if not data.train:
-        raise ConfigError("data.train is empty; name at least one prefix of a .bin/.idx pair.")
-    if config.evaluation.interval and not data.valid:
-        raise ConfigError(
-            "data.valid is empty but evaluation.interval is "
-            f"{config.evaluation.interval}; name a validation prefix, or set the interval to 0."
-        )
-    if data.tokenizer is None:
-        raise ConfigError(
-            "data.tokenizer is missing; name the tokenizer the data was made with, so that its "
-            "ids can be checked against model.vocab_size."
-        )
-    tokenizer = load_tokenizer(Path(data.tokenizer))
-    if tokenizer.vocab_size > model.vocab_size:
-        raise ConfigError(
-            f"data.tokenizer {data.tokenizer} has {tokenizer.vocab_size} ids but model.vocab_size "
-            f"is {model.vocab_size}; ids beyond it would have no embedding. Set model.vocab_size "
-            f"to {tokenizer.vocab_size}."
-        )
-    tokens = sum(check_pair(Path(prefix)).tokens for prefix in data.train)
-    logger.info(
-        "%s training tokens on disk; the run reads %.2f times that",
-        f"{tokens:,}",
-        config.steps * config.batch_tokens / tokens,
-    )
-    if config.evaluation.interval:
-        needed = config.evaluation.samples * model.seq_length + 1
-        held_out = sum(check_pair(Path(prefix)).tokens for prefix in data.valid)
-        if held_out < needed:
-            raise DataError(
-                f"the validation data has {held_out:,} tokens; evaluation.samples = "
-                f"{config.evaluation.samples} sequences of {model.seq_length} need {needed:,}. "
-                "Use fewer samples or more text."
-            )
-    return tokenizer

@@ -12,7 +12,6 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
 
 from megatron_completedp.data.indexed import bin_path, check_pair, idx_path, open_indexed
-from megatron_completedp.data.prepare import prepare
 from megatron_completedp.data.tokenizer import train_sentencepiece
 
 
@@ -48,11 +47,12 @@ def test_a_document_of_several_sequences_passes_the_check(tmp_path: Path) -> Non
 
 
 def test_megatrons_dataset_takes_the_pair_and_the_tokenizer(tmp_path: Path) -> None:
-    corpus = tmp_path / "corpus.jsonl"
-    corpus.write_text('{"text": "a ladder of widths and depths, one run at every rung"}\n' * 30)
-    tokenizer = train_sentencepiece([corpus], 290, tmp_path / "tokenizer.model")
+    text = "a ladder of widths and depths, one run at every rung"
+    tokenizer = train_sentencepiece([text] * 30, 290, tmp_path / "tokenizer.model")
     prefix = tmp_path / "train"
-    summary = prepare([corpus], tokenizer, prefix)
+    with open_indexed(prefix, tokenizer.vocab_size) as writer:
+        for _ in range(30):
+            writer.add_document([*tokenizer.encode(text), tokenizer.eod])
     config = GPTDatasetConfig(
         random_seed=1,
         sequence_length=16,
@@ -67,7 +67,7 @@ def test_megatrons_dataset_takes_the_pair_and_the_tokenizer(tmp_path: Path) -> N
     )
     train, *_ = BlendedMegatronDatasetBuilder(GPTDataset, [8, 0, 0], lambda: True, config).build()
     stored = IndexedDataset(str(prefix))
-    assert len(stored) == summary.documents == 30
+    assert len(stored) == 30
     document = stored[0]
     assert tokenizer.decode(document[:-1].tolist()).startswith("a ladder of widths")
     assert document[-1] == tokenizer.eod

@@ -27,8 +27,7 @@ def write_jsonl(path: Path, texts: Sequence[str]) -> Path:
 
 def small_tokenizer(folder: Path) -> SentencePieceTokenizer:
     """A tokenizer trained on TEXTS, in a file under `folder`."""
-    corpus = write_jsonl(folder / "corpus.jsonl", TEXTS)
-    return train_sentencepiece([corpus], VOCAB_SIZE, folder / "tokenizer.model")
+    return train_sentencepiece(TEXTS, VOCAB_SIZE, folder / "tokenizer.model")
 
 
 def write_stdlib(folder: Path) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,8 +15,9 @@ import pytest
 from data_samples import write_stdlib
 
 from megatron_completedp.data import __main__ as command
+from megatron_completedp.data import merge, restart
 from megatron_completedp.data import quick as quick_module
-from megatron_completedp.data.indexed import check_pair
+from megatron_completedp.data.indexed import bin_path, check_pair, idx_path
 from megatron_completedp.data.quick import QuickSettings, quick
 from megatron_completedp.data.sample_corpus import write_sample_corpus
 from megatron_completedp.errors import ConfigError, DataError
@@ -144,18 +146,22 @@ def test_quick_makes_whole_pairs_and_a_second_call_nothing(
     def never(*_: object, **__: object) -> None:
         raise AssertionError("a complete part was made again")
 
-    for maker in ("write_sample_corpus", "train_sentencepiece", "prepare"):
+    for maker in ("write_sample_corpus", "train_sentencepiece"):
         monkeypatch.setattr(quick_module, maker, never)
+    monkeypatch.setattr(restart, "write_shard", never)
+    monkeypatch.setattr(merge, "open_indexed", never)
     assert quick(out, SETTINGS, stdlib=stdlib) == first
     assert content(out) == before
 
 
-@pytest.mark.parametrize("lost", ["train.bin", "valid.idx", "train.json", "tokenizer.model"])
+@pytest.mark.parametrize(
+    "lost", ["train.bin", "valid.idx", "train.json", "tokenizer.model", "pairs"]
+)
 def test_quick_makes_again_what_was_lost(tmp_path: Path, lost: str) -> None:
     stdlib, out = write_stdlib(tmp_path / "lib"), tmp_path / "data"
     quick(out, SETTINGS, stdlib=stdlib)
     before = content(out)
-    (out / lost).unlink()
+    shutil.rmtree(out / lost) if lost == "pairs" else (out / lost).unlink()
     quick(out, SETTINGS, stdlib=stdlib)
     assert content(out) == before
 
@@ -168,13 +174,10 @@ def test_quick_sees_a_truncated_pair_and_another_tokenizer(tmp_path: Path) -> No
     (out / "train.bin").write_bytes(whole[:-1])
     quick(out, SETTINGS, stdlib=stdlib)
     assert content(out) == before
-    other = quick(
-        tmp_path / "other",
-        replace(SETTINGS, vocab_size=340),
-        stdlib=stdlib,
-    )
+    quick(tmp_path / "other", replace(SETTINGS, vocab_size=340), stdlib=stdlib)
     (out / "tokenizer.model").write_bytes((tmp_path / "other" / "tokenizer.model").read_bytes())
-    assert quick(out, SETTINGS, stdlib=stdlib) == other
+    with pytest.raises(DataError, match="made with tokenizer_sha256"):
+        quick(out, SETTINGS, stdlib=stdlib)
 
 
 def test_quick_refuses_a_folder_of_other_settings(tmp_path: Path) -> None:
@@ -184,23 +187,27 @@ def test_quick_refuses_a_folder_of_other_settings(tmp_path: Path) -> None:
         quick(out, replace(SETTINGS, vocab_size=350), stdlib=stdlib)
 
 
-def test_the_three_commands_agree_with_each_other(
+def test_the_commands_make_what_quick_makes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """On the running Python's own text, at a size that parses a few modules only."""
-    jsonl, model, prefix = tmp_path / "jsonl", tmp_path / "t.model", tmp_path / "train"
-    command.main(["sample", "--out", str(jsonl), "--max-mb", "0.5", "--valid-mb", "0.03"])
-    inputs = [str(path) for path in sorted((jsonl / "train").rglob("*.jsonl"))]
-    command.main(["tokenizer", "--inputs", *inputs, "--out", str(model), "--vocab-size", "600"])
-    capsys.readouterr()
-    arguments = ["--inputs", *inputs, "--prefix", str(prefix), "--tokenizer", str(model)]
-    assert command.main(["prepare", *arguments]) == 0
-    header, row = capsys.readouterr().out.splitlines()
+    sizes = ["--max-mb", "0.5", "--valid-mb", "0.03"]
+    command.main(["quick", "--out", str(tmp_path / "quick"), *sizes, "--vocab-size", "600"])
+    header, *rows = capsys.readouterr().out.splitlines()
     assert header.split() == ["data", "documents", "MB", "tokens", "tokens/byte"]
-    assert row.split()[3] == f"{check_pair(prefix).tokens:,}"
+    jsonl, model, out = tmp_path / "jsonl", tmp_path / "t.model", tmp_path / "out"
+    command.main(["sample", "--out", str(jsonl), *sizes])
+    train = str(jsonl / "train")
+    command.main(["tokenizer", "--inputs", train, "--out", str(model), "--vocab-size", "600"])
+    flags = ["--sources", train, "--tokenizer", str(model), "--out", str(out)]
+    command.main(["preprocess", *flags, "--merge", "all", "--workers", "1"])
+    for path in (bin_path, idx_path):
+        made = path(tmp_path / "quick" / "train").read_bytes()
+        assert made == path(out / "merged" / "all").read_bytes()
+    assert rows[0].split()[3] == f"{check_pair(out / 'merged' / 'all').tokens:,}"
 
 
-@pytest.mark.parametrize("name", ["sample", "tokenizer", "prepare", "quick"])
+@pytest.mark.parametrize("name", ["sample", "tokenizer", "quick"])
 def test_help_has_an_example(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         command.main([name, "--help"])

@@ -10,6 +10,8 @@ import pytest
 import sentencepiece
 from data_samples import TEXTS, VOCAB_SIZE, small_tokenizer, write_jsonl
 
+from megatron_completedp.data.readers import read_texts
+from megatron_completedp.data.sources import Source, find_files
 from megatron_completedp.data.tokenizer import load_tokenizer, train_sentencepiece
 from megatron_completedp.errors import DataError
 
@@ -52,16 +54,16 @@ def test_training_depends_on_the_text_alone(tmp_path: Path) -> None:
     first, second = small_tokenizer(here), small_tokenizer(there)
     assert first.sha256 == second.sha256
     assert load_tokenizer(here / "tokenizer.model").sha256 == first.sha256
-    other_text = write_jsonl(tmp_path / "other.jsonl", [text[::-1] for text in TEXTS])
-    other = train_sentencepiece([other_text], VOCAB_SIZE, tmp_path / "other.model")
+    other = train_sentencepiece(
+        [text[::-1] for text in TEXTS], VOCAB_SIZE, tmp_path / "other.model"
+    )
     assert other.sha256 != first.sha256
 
 
 @pytest.mark.parametrize("vocab_size", [100, 100_000])
 def test_a_vocabulary_that_does_not_fit_the_text(tmp_path: Path, vocab_size: int) -> None:
-    corpus = write_jsonl(tmp_path / "corpus.jsonl", TEXTS)
     with pytest.raises(DataError, match=rf"vocab_size {vocab_size} does not suit"):
-        train_sentencepiece([corpus], vocab_size, tmp_path / "tokenizer.model")
+        train_sentencepiece(TEXTS, vocab_size, tmp_path / "tokenizer.model")
     assert not (tmp_path / "tokenizer.model").exists()
 
 
@@ -70,8 +72,9 @@ def test_a_bad_row_is_named_while_training(tmp_path: Path) -> None:
     corpus = write_jsonl(tmp_path / "corpus.jsonl", TEXTS)
     with corpus.open("a", encoding="utf-8") as stream:
         stream.write('{"text": "torn')
-    with pytest.raises(DataError, match=r"corpus\.jsonl:4: not a JSON object"):
-        train_sentencepiece([corpus], VOCAB_SIZE, tmp_path / "tokenizer.model")
+    texts = read_texts(find_files([Source(path=str(corpus))]))
+    with pytest.raises(DataError, match=r"corpus\.jsonl:4 \(torn_json"):
+        train_sentencepiece(texts, VOCAB_SIZE, tmp_path / "tokenizer.model")
 
 
 def test_files_that_are_not_tokenizers(tmp_path: Path) -> None:
