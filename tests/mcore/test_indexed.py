@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,10 @@ from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegat
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
 
+from megatron_completedp.data.encoder import Encoder
 from megatron_completedp.data.indexed import bin_path, check_pair, idx_path, open_indexed
+from megatron_completedp.data.shard import write_shard
+from megatron_completedp.data.sources import Source, find_files
 from megatron_completedp.data.tokenizer import train_sentencepiece
 
 
@@ -26,14 +30,42 @@ def documents(vocab_size: int) -> list[list[int]]:
 def test_same_bytes_as_megatrons_builder(tmp_path: Path, vocab_size: int) -> None:
     ours, theirs = tmp_path / "ours", tmp_path / "theirs"
     builder = IndexedDatasetBuilder(str(bin_path(theirs)), dtype=DType.optimal_dtype(vocab_size))
+    lists = documents(vocab_size)
     with open_indexed(ours, vocab_size) as writer:
-        for ids in documents(vocab_size):
+        for ids in lists[:10]:
             writer.add_document(ids)
-            builder.add_document(torch.tensor(ids), [len(ids)])
+        rest = np.array([i for ids in lists[10:] for i in ids])
+        writer.add_documents(rest, np.array([len(ids) for ids in lists[10:]]))
+    for ids in lists:
+        builder.add_document(torch.tensor(ids), [len(ids)])
     builder.finalize(str(idx_path(theirs)))
     assert bin_path(ours).read_bytes() == bin_path(theirs).read_bytes()
     assert idx_path(ours).read_bytes() == idx_path(theirs).read_bytes()
     assert check_pair(theirs).tokens == sum(map(len, documents(vocab_size)))
+
+
+def test_a_whole_shard_has_the_bytes_of_megatrons_builder(tmp_path: Path) -> None:
+    """As Megatron's tool works: json, the tokenizer's own library, one document at a time."""
+    texts = [
+        "a ladder of widths",
+        "caf\u00e9 </s> and <s>",
+        "\0 tab\t",
+        "e\u0301\n\n\U0001f600",
+    ] * 30
+    corpus = tmp_path / "corpus.jsonl"
+    corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    tokenizer = train_sentencepiece(texts, 290, tmp_path / "tokenizer.model")
+    (file,) = find_files([Source(path=str(corpus))])
+    write_shard(file, tmp_path / "ours", Encoder(tokenizer), max_bad_fraction=0.0)
+    theirs = tmp_path / "theirs"
+    dtype = DType.optimal_dtype(tokenizer.vocab_size)
+    builder = IndexedDatasetBuilder(str(bin_path(theirs)), dtype=dtype)
+    for text in texts:
+        ids = [*tokenizer.encode(text), tokenizer.eod]
+        builder.add_document(torch.tensor(ids), [len(ids)])
+    builder.finalize(str(idx_path(theirs)))
+    for path in (bin_path, idx_path):
+        assert path(tmp_path / "ours").read_bytes() == path(theirs).read_bytes()
 
 
 def test_a_document_of_several_sequences_passes_the_check(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ from megatron_completedp.data.indexed import (
     check_pair,
     idx_path,
     open_indexed,
+    open_pair,
     token_dtype,
 )
 from megatron_completedp.errors import DataError
@@ -61,6 +63,47 @@ def test_dtype_follows_the_vocabulary(
 def test_an_id_outside_the_vocabulary_is_refused(tmp_path: Path, ids: list[int]) -> None:
     with pytest.raises(DataError, match="expected 0 to 9"):
         write_pair(tmp_path / "train", [ids])
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["uint32", "int64", "uint16"])
+def test_documents_at_once_are_documents_one_by_one(tmp_path: Path, kind: str) -> None:
+    write_pair(tmp_path / "one")
+    ids = np.array([i for document in DOCUMENTS for i in document], kind)
+    with open_indexed(tmp_path / "all", 10) as writer:
+        writer.add_documents(ids[:4], np.array([4]))
+        writer.add_documents(ids[:0], np.array([], np.int64))
+        writer.add_documents(ids[4:], np.array([2, 5]))
+        assert (writer.tokens, writer.max_token_id) == (11, 9)
+    for name, path in (("bin", bin_path), ("idx", idx_path)):
+        content = path(tmp_path / "one").read_bytes()
+        assert path(tmp_path / "all").read_bytes() == content
+        record = writer.files[name]
+        assert record.bytes == len(content)
+        assert record.sha256 == hashlib.sha256(content).hexdigest()
+    stored, lengths = open_pair(tmp_path / "all")
+    assert stored.tolist() == ids.tolist()
+    assert lengths.tolist() == [4, 2, 5]
+
+
+@pytest.mark.parametrize(
+    ("ids", "lengths", "message"),
+    [
+        ([1, 2, 3, 10, 4], [2, 1, 2], "document 5 holds the token id 10; expected 0 to 9"),
+        ([1, 2, -1, 3, 4], [2, 1, 2], "document 4 holds the token id -1; expected 0 to 9"),
+        ([1, 2, 3], [2, 0, 1], "document 4 has no token"),
+    ],
+)
+def test_the_document_at_fault_is_counted(
+    tmp_path: Path, ids: list[int], lengths: list[int], message: str
+) -> None:
+    def write_both() -> None:
+        with open_indexed(tmp_path / "a", 10) as writer:
+            writer.add_documents(np.array([1, 1, 1]), np.array([1, 1, 1]))
+            writer.add_documents(np.array(ids), np.array(lengths))
+
+    with pytest.raises(DataError, match=message):
+        write_both()
     assert list(tmp_path.iterdir()) == []
 
 
