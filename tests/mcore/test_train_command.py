@@ -171,9 +171,9 @@ def spoil_tokenizer(corpus: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "value", "expected"),
     [
-        (spoil_missing, "train.bin does not exist", "correct the data prefix"),
-        (spoil_empty, "train.idx is empty", "rebuild the pair with"),
-        (spoil_truncated, "train.bin has ", "It is truncated or belongs to another .idx"),
+        (spoil_missing, "train.bin does not exist", "copy it again"),
+        (spoil_empty, "train.idx has 0 bytes; its manifest says", "Make the pair again"),
+        (spoil_truncated, "train.bin has ", "its manifest says"),
         (spoil_tokenizer, "tokenizer.model is not a SentencePiece model", "copy it again"),
     ],
     ids=["missing", "empty", "truncated", "tokenizer"],
