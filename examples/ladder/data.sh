@@ -13,15 +13,12 @@ if [ ! -e "$out/valid.json" ]; then
   mkdir -p "$out/jsonl"
   zstd -dcq "$COMPLETEDP_DATA/corpus/wikipedia/wiki.jsonl.zst" >"$out/jsonl/wiki.jsonl"
   zstd -dcq "$COMPLETEDP_DATA/corpus/book/book.jsonl.zst" >"$out/jsonl/book.jsonl"
-  awk 'NR % 50' "$out/jsonl/wiki.jsonl" >"$out/jsonl/train_wiki.jsonl"
-  awk 'NR % 50 == 0' "$out/jsonl/wiki.jsonl" >"$out/jsonl/valid_wiki.jsonl"
-  tail -n +2 "$out/jsonl/book.jsonl" >"$out/jsonl/train_book.jsonl"
-  head -n 1 "$out/jsonl/book.jsonl" >"$out/jsonl/valid_book.jsonl"
-  head -n 2000 "$out/jsonl/train_wiki.jsonl" >"$out/jsonl/tokenizer.jsonl"
+  { awk 'NR % 50' "$out/jsonl/wiki.jsonl"; tail -n +2 "$out/jsonl/book.jsonl"; } >"$out/jsonl/train.jsonl"
+  { awk 'NR % 50 == 0' "$out/jsonl/wiki.jsonl"; head -n 1 "$out/jsonl/book.jsonl"; } >"$out/jsonl/valid.jsonl"
+  head -n 2000 "$out/jsonl/train.jsonl" >"$out/jsonl/tokenizer.jsonl"
   data tokenizer --inputs "$out/jsonl/tokenizer.jsonl" --out "$out/tokenizer.model" --vocab-size 1024
-  for split in train valid; do
-    data prepare --inputs "$out/jsonl/${split}_wiki.jsonl" "$out/jsonl/${split}_book.jsonl" \
-      --prefix "$out/$split" --tokenizer "$out/tokenizer.model"
-  done
-  rm -r "$out/jsonl"
+  data preprocess --sources "$out/jsonl/train.jsonl" "$out/jsonl/valid.jsonl" \
+    --tokenizer "$out/tokenizer.model" --out "$out/pairs"
+  mv "$out"/pairs/train/train.* "$out"/pairs/valid/valid.* "$out"
+  rm -r "$out/jsonl" "$out/pairs"
 fi
