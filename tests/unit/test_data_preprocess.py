@@ -296,13 +296,18 @@ def waiting_for_wikipedia(source: Path, out: Path) -> Iterator[subprocess.Popen[
 def test_a_process_that_dies_costs_its_own_shard(
     source: Path, reference: Path, tmp_path: Path
 ) -> None:
+    """The only worker is killed while it waits; another takes its place and the next shard."""
     out = tmp_path / "out"
-    with waiting_for_wikipedia(source, out) as process:
+    next_lock = contextlib.ExitStack()
+    next_lock.enter_context(claim(out / "c4" / "c4-train.00000-of-00002.lock", wait=False))
+    with next_lock, waiting_for_wikipedia(source, out) as process:
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         worker = max(map(int, children))  # the other is multiprocessing's resource tracker
         os.kill(worker, signal.SIGKILL)
+        next_lock.close()
         code, _, stderr = finish(process)
     assert code == 1
+    assert load_manifest(out / "c4" / "c4-train.00000-of-00002").documents == 900
     assert re.search(r"1 of 4 shards .*\n.*wikipedia/wiki: .*killed by SIGKILL", stderr), stderr
     assert finish(start(arguments(source, out, "--workers", "1")))[0] == 0
     assert shard_hashes(out) == shard_hashes(reference)
