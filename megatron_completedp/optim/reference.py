@@ -21,20 +21,25 @@ def reference_adamw(
     """One AdamW step on tensors that share one set of values, in their own precision, in place.
 
         g     = grad_scale * grad
-        m     <- beta1 * m + (1 - beta1) * g           exp_avg
-        v     <- beta2 * v + (1 - beta2) * g^2         exp_avg_sq
+        m     <- m + (1 - beta1) * (g - m)                                     exp_avg
+        v     <- beta2 * v + (1 - beta2) * g^2                                 exp_avg_sq
         m_hat = m / (1 - beta1^step)
         v_hat = v / (1 - beta2^step)
         eta   = lr_fraction * lr
-        theta <- theta - eta * (m_hat / (sqrt(v_hat) + eps) + weight_decay * theta)
+        theta <- (1 - eta * weight_decay) * theta - eta * m_hat / (sqrt(v_hat) + eps)
 
     Source: Loshchilov and Hutter 2019 (arXiv 1711.05101), algorithm 2, in the PyTorch convention,
     where the learning rate multiplies the decay. `grad` is left as it is.
+
+    The operations come in the order of torch.optim.AdamW, with the bias corrections in scalars, so
+    that float32 rounds as in the kernels. A weight that moves slowly rounds the same way in every
+    step, and in another order 100 steps would drift apart by more than a wrong value might show.
     """
     g = inputs.grad_scale * grad
-    exp_avg.copy_(values.beta1 * exp_avg + (1 - values.beta1) * g)
-    exp_avg_sq.copy_(values.beta2 * exp_avg_sq + (1 - values.beta2) * g**2)
-    m_hat = exp_avg / (1 - values.beta1**inputs.step)
-    v_hat = exp_avg_sq / (1 - values.beta2**inputs.step)
     eta = inputs.lr_fraction * values.lr
-    param -= eta * (m_hat / (v_hat.sqrt() + values.eps) + values.weight_decay * param)
+    step_size = eta / (1 - values.beta1**inputs.step)
+    root_correction2 = (1 - values.beta2**inputs.step) ** 0.5
+    param *= 1 - eta * values.weight_decay
+    exp_avg.lerp_(g, 1 - values.beta1)
+    exp_avg_sq.copy_(values.beta2 * exp_avg_sq + (1 - values.beta2) * g * g)
+    param -= step_size * exp_avg / (exp_avg_sq.sqrt() / root_correction2 + values.eps)

@@ -1,16 +1,13 @@
-"""Eight training steps under each layout; run by `harness`, compared in test_engine.py."""
+"""Training under each layout; run by `harness`, compared in test_engine.py."""
 
 from __future__ import annotations
 
-import os
-import tempfile
-from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 from megatron_completedp.config.parallel import ParallelConfig
-from tests.mcore.engine_runs import STEPS, Trace, run_config, run_engine
+from tests.dist.reference_steps import follow
+from tests.dist.resume_steps import resumed_and_whole
+from tests.mcore.engine_runs import Trace, run_config, run_engine
 
 TP2 = {"tensor_model_parallel_size": 2}
 PP2 = {"pipeline_model_parallel_size": 2}
@@ -36,26 +33,18 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 
 
 def __getattr__(name: str) -> Any:
-    """Case `train_LAYOUT` trains; case `resume_LAYOUT` also stops and resumes half-way."""
+    """Cases are named `KIND_LAYOUT`: `train` trains, `resume` trains with and without a restart,
+    and `follow` holds every update of 100 steps to the reference.
+    """
     kind, _, layout = name.partition("_")
     if kind == "train":
         return lambda: _train(layout)
     if kind == "resume":
-        return lambda: _resume(layout)
+        return lambda: resumed_and_whole(LAYOUTS[layout])
+    if kind == "follow":
+        return lambda: follow(LAYOUTS[layout])
     raise AttributeError(name)
 
 
 def _train(layout: str) -> Trace:
     return run_engine(run_config(ParallelConfig(**LAYOUTS[layout])))[0]
-
-
-def _resume(layout: str) -> Trace:
-    config = run_config(ParallelConfig(**LAYOUTS[layout]))
-    shared = [tempfile.mkdtemp(dir=os.environ.get("TMPDIR"))]
-    dist.broadcast_object_list(shared)
-    folder = Path(shared[0])
-    first, _ = run_engine(config, stop_at=STEPS // 2, save_to=folder)
-    second, _ = run_engine(config, resume_from=folder / f"step_{STEPS // 2:08d}")
-    return Trace(
-        first.losses + second.losses, first.grad_norms + second.grad_norms, second.evaluation
-    )

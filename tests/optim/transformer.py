@@ -77,16 +77,31 @@ def random_values(count: int, seed: int = 0) -> list[AdamWValues]:
     return values
 
 
+def uneven_values(count: int, seed: int = 0) -> list[AdamWValues]:
+    """Sets with any digits, over the ranges that a search would try."""
+    rng = random.Random(seed)
+    return [
+        AdamWValues(
+            lr=10 ** rng.uniform(-4, -2),
+            weight_decay=rng.uniform(0, 0.3),
+            eps=10 ** rng.uniform(-8, -3),
+            beta1=rng.uniform(0.8, 0.97),
+            beta2=rng.uniform(0.9, 0.999),
+        )
+        for _ in range(count)
+    ]
+
+
 def set_count(segments: list[tuple[Segment, ...]]) -> int:
     """Number of sets that the segments refer to."""
     return 1 + max(segment.values for of in segments for segment in of)
 
 
 class Oracle:
-    """The reference in float64, segment by segment, beside the optimizer under test.
+    """The reference, segment by segment, beside the optimizer under test.
 
     In float64 its own rounding is nothing, so a difference is the rounding, or the error, of the
-    fast path alone.
+    fast path alone. In float32 it rounds as the fast path does, and nearly all of that drops out.
     """
 
     def __init__(
@@ -94,11 +109,13 @@ class Oracle:
         params: list[torch.Tensor],
         segments: list[tuple[Segment, ...]],
         table: list[AdamWValues],
+        *,
+        dtype: torch.dtype = torch.float64,
     ) -> None:
-        self.params = [param.detach().double().view(-1).cpu().clone() for param in params]
+        self.params = [param.detach().view(-1).to("cpu", dtype, copy=True) for param in params]
         self.exp_avgs = [torch.zeros_like(param) for param in self.params]
         self.exp_avg_sqs = [torch.zeros_like(param) for param in self.params]
-        self.segments, self.table = segments, table
+        self.segments, self.table, self.dtype = segments, table, dtype
 
     def step(self, grads: list[torch.Tensor], inputs: StepInputs) -> None:
         """One step of all tensors."""
@@ -106,7 +123,7 @@ class Oracle:
             self.params, grads, self.exp_avgs, self.exp_avg_sqs, self.segments, strict=True
         )
         for param, grad, exp_avg, exp_avg_sq, segments in tensors:
-            flat = grad.double().view(-1).cpu()
+            flat = grad.view(-1).to("cpu", self.dtype)
             for segment in segments:
                 part = slice(segment.start, segment.stop)
                 values = self.table[segment.values]
@@ -129,7 +146,7 @@ class Oracle:
                 (self.exp_avg_sqs[i], state["exp_avg_sq"]),
             ]
             for exact, tensor in pairs:
-                difference = tensor.detach().double().view(-1).cpu() - exact
+                difference = tensor.detach().double().view(-1).cpu() - exact.double()
                 found.append((difference.norm() / exact.norm()).item())
         return found
 
