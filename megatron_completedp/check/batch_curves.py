@@ -129,7 +129,8 @@ def curve_figure(with_rule: Curves, without: Curves) -> FigureSpec:
         name="loss_over_tokens",
         caption="Validation loss over the tokens seen, at three batches; mean over seeds. Steps "
         "times the squared learning rate, the time of the equation, is in proportion to tokens. "
-        "With the rule the curves are one; with the base's hyperparameters they are not.",
+        "With the rule the curves come together; with the base's hyperparameters at every batch "
+        "they do not.",
         draw=draw,
         size=(6.4, 3.6),
     )

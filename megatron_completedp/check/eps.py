@@ -20,7 +20,7 @@ from megatron_completedp.check.settings import command_line
 from megatron_completedp.check.sizes import base_run
 from megatron_completedp.config.run import RunConfig
 from megatron_completedp.core.multipliers import ModuleMultipliers
-from megatron_completedp.core.roles import Module
+from megatron_completedp.core.roles import GAIN_ROLES, MODULE_ROLES, Module
 from megatron_completedp.core.tables import Parametrization
 
 #: The first update alone: its gradient is the one that eps was set by.
@@ -110,8 +110,10 @@ def examine(ladder: Ladder, found: dict[Key, float], depth_weight_decay: str) ->
             band = expected.update(name, ladder.axis)
             yield finding(ladder, found, ("update", name, where), [0], band)
         for name, where in places(found, "memory"):
-            band = expected.update(name, ladder.axis)
-            yield finding(ladder, found, ("memory", name, where), [0], band)
+            # Betas belong to no row of the table, and gains are too few numbers to hold them to.
+            if MODULE_ROLES[Module(name)] not in GAIN_ROLES:
+                band = expected.update(name, ladder.axis)
+                yield finding(ladder, found, ("memory", name, where), [0], band)
     for name, where in places(found, "decay"):
         band = expected.decay(name, ladder.axis, ladder.alpha, depth_weight_decay)
         yield finding(ladder, found, ("decay", name, where), [0], band)

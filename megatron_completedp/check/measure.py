@@ -31,6 +31,7 @@ from megatron_completedp.check.sizes import moved
 from megatron_completedp.check.tokens import Batches, token_sequences
 from megatron_completedp.config.load import NOT_THE_RUN, to_tree
 from megatron_completedp.config.run import RunConfig
+from megatron_completedp.core.ratios import Ratios
 from megatron_completedp.core.tables import Table
 from megatron_completedp.errors import ConfigError, TrainingDiverged
 
@@ -118,37 +119,39 @@ class Bench:
         At the base shape every table says the same, so that the base is measured once.
         """
         rules = replace(self.base.rules, depth_alpha=ladder.alpha)
+        config = moved(replace(self.base, rules=rules, seed=seed), ladder.axis, ratio)
+        at_base = config.ratios == Ratios()
         axis, alpha = ladder.axis, ladder.alpha
-        if ratio == 1:
+        if at_base:
             # The same engine on every axis; only along depth are its layers averaged otherwise.
             axis, alpha = ("depth" if axis == "depth" else "width"), 1.0
         labels: dict[str, Any] = {"axis": axis, "ratio": ratio, "alpha": alpha, "seed": seed}
-        name = _point(labels)
-        if name in self._known and (table is None or ratio == 1):
+        name, keep = _point(labels), table is None or at_base
+        if keep and name in self._known:
             return self._known[name]
-        config = moved(replace(self.base, rules=rules, seed=seed), ladder.axis, ratio)
-        found = self._measure(config, ladder, table)
-        if table is None or ratio == 1:
+        # How batch and duration act on training is the sde check's; here, where they start from.
+        steps = self.steps if at_base or ladder.axis in ("width", "depth") else (0,)
+        found = self._measure(config, ladder.axis, steps, table)
+        if keep:
             self._known[name] = found
             if self._results is not None:
                 rows = {"/".join(map(str, key)): value for key, value in found.items()}
                 self._results.append({**labels, "log2_rms": rows})
         return found
 
-    def _measure(self, config: RunConfig, ladder: Ladder, table: Table | None) -> Series:
-        # How batch and duration act on training is the sde check's; here, where they start from.
-        trained = ladder.axis in ("width", "depth") or config.base == config.scale
-        steps = self.steps if trained else (0,)
+    def _measure(
+        self, config: RunConfig, axis: Axis, steps: Sequence[int], table: Table | None
+    ) -> Series:
         samples = (max(steps) + 1) * config.training.global_batch_size
         cache = (self._out or Path(config.run_dir)) / "cache"
         batches = Batches(config, token_sequences(config, samples, cache))
         try:
             records = probe(config, self._processes, batches, steps=steps, table=table)
+            if self._optimizer:
+                records += probe_optimizer(config, self._processes, batches, table)
         except TrainingDiverged:
             return {}
-        if self._optimizer:
-            records += probe_optimizer(config, self._processes, batches, table)
-        return summarize(records, ladder.axis, config.model.num_layers)
+        return summarize(records, axis, config.model.num_layers)
 
 
 def slopes(

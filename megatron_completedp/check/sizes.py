@@ -65,12 +65,13 @@ def moved(base: RunConfig, axis: Axis, ratio: float) -> RunConfig:
     """
 
     def times(name: str, value: int) -> int:
-        if value * ratio != int(value * ratio):
+        whole = round(value * ratio)
+        if not math.isclose(value * ratio, whole):  # 96 * (320 / 96) may miss 320 by rounding
             raise ConfigError(
                 f"{axis} x {ratio:g} turns {name} = {value} into {value * ratio:g}; expected a "
                 "whole number. Choose other ratios or another base."
             )
-        return int(value * ratio)
+        return whole
 
     model, training = base.model, base.training
     if axis == "width":
