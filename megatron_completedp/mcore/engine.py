@@ -136,8 +136,12 @@ class Engine:
             )
         lr = self.config.schedule.at(self.step, self.config.steps)
         grad_norm = gradient_norm(self.optimizer)
-        if not math.isfinite(grad_norm):
-            raise self._diverged(f"the gradient norm is {grad_norm} at a loss of {loss:.4f}")
+        # Data-parallel ranks norm copies of the same gradients, each for itself, and one of them
+        # may be damaged: the sum is finite where all are, and the same on every rank.
+        norms = torch.tensor(grad_norm, dtype=torch.float64, device=self.device)
+        dist.all_reduce(norms)
+        if not math.isfinite(norms):
+            raise self._diverged(f"the gradient norm is {norms.item()} at a loss of {loss:.4f}")
         apply_update(self.optimizer, norm=grad_norm, clip_grad=self.config.training.clip_grad)
         self.scheduler.step(1)
         return StepResult(loss=loss, grad_norm=grad_norm, lr=lr)

@@ -38,14 +38,19 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(
-    folder: Path, corpus: Path, divergence: dict[str, Any], steps: dict[int, Harm] | None = None
+    folder: Path,
+    corpus: Path,
+    divergence: dict[str, Any],
+    steps: dict[int, Harm] | None = None,
+    *,
+    asynchronous: bool = False,
 ) -> RunResult:
     """Train in this process; `steps` are harmed before they are taken."""
     config = write_run(
         folder,
         corpus,
         divergence=divergence,
-        checkpoint={"interval": INTERVAL, "keep_last": 100},
+        checkpoint={"interval": INTERVAL, "keep_last": 100, "asynchronous": asynchronous},
         evaluation={"interval": STEPS, "samples": 8},
     )
     destroy_parallel(keep_process_group=True)  # a new process has no groups
@@ -212,9 +217,12 @@ def test_a_policy_that_cannot_help_ends(corpus: Path, tmp_path: Path) -> None:
     assert not checkpoint(folder, 12).exists(), "it would have had the corrupt weight"
 
 
-def test_rollback_restores_and_survives_a_restart(corpus: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["foreground", "background"])
+def test_rollback_restores_and_survives_a_restart(
+    corpus: Path, tmp_path: Path, asynchronous: bool
+) -> None:
     folder, policy = tmp_path / "run", {"on_nonfinite": "rollback"}
-    result = run(folder, corpus, policy, {BAD: corrupt_weight})
+    result = run(folder, corpus, policy, {BAD: corrupt_weight}, asynchronous=asynchronous)
     assert result.steps == STEPS
     assert math.isfinite(result.train_loss)
     (event,) = events(folder)
@@ -228,7 +236,7 @@ def test_rollback_restores_and_survives_a_restart(corpus: Path, tmp_path: Path) 
     shutil.copytree(folder, again)
     for step in (12, 16, 20):
         shutil.rmtree(checkpoint(again, step))
-    run(again, corpus, policy)
+    run(again, corpus, policy, asynchronous=asynchronous)
     assert losses(again) == losses(folder)
     assert events(again) == events(folder)
     assert equal(saved_weights(again, STEPS), saved_weights(folder, STEPS))

@@ -91,6 +91,7 @@ def test_sigterm_saves_and_the_restart_ends_as_if_undisturbed(
     assert losses(folder, "eval") == losses(undisturbed, "eval")
 
 
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["foreground", "background"])
 @pytest.mark.parametrize(
     ("owner", "method", "step"),
     [(Engine, "_run", 1), (Engine, "evaluate", STEPS // 2), (Saver, "save", INTERVAL + 1)],
@@ -104,15 +105,19 @@ def test_a_signal_in_the_midst(
     owner: type,
     method: str,
     step: int,
+    asynchronous: bool,
 ) -> None:
     """SIGUSR1 at the start of `method` stops after `step`: this one, or the one after a save."""
     folder = tmp_path / "run"
-    config = write_run(folder, corpus)
+    config = write_run(folder, corpus, checkpoint__asynchronous=asynchronous)
     original = getattr(owner, method)
 
+    sent = []
+
     def signalled(*args: Any, **kwargs: Any) -> Any:
-        os.kill(os.getpid(), signal.SIGUSR1)
-        time.sleep(0.1)  # it arrives while the method runs
+        if not sent:  # a second one, on a slow machine, would end this process
+            sent.append(os.kill(os.getpid(), signal.SIGUSR1))
+            time.sleep(0.1)  # it arrives while the method runs
         return original(*args, **kwargs)
 
     with monkeypatch.context() as patch:
