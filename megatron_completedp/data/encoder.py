@@ -115,6 +115,8 @@ class Encoder:
         stretches = (counts.text_bytes + np.cumsum(sizes) - sizes) // SAMPLE_EVERY_BYTES
         for i in np.flatnonzero(np.diff(stretches, prepend=counts.last_stretch)).tolist():
             head = texts[i][:SAMPLE_CHARS]
+            if self._fast.differs(head, head.encode()):
+                continue  # known, and never left to gigatoken
             if not same_ids(self._fast, self.tokenizer, [head]):
                 raise EnginesDisagree(counts.documents + i)
             counts.compared_documents += 1
