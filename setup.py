@@ -35,6 +35,6 @@ setup(
         # gigatoken: the fast engine; tokenizers: a tokenizer.json; pyarrow: Parquet.
         "preprocess": ["gigatoken>=0.10", "tokenizers", "pyarrow"],
         "tensorboard": ["tensorboard"],
-        "test": ["pytest", "hypothesis", "ruff", "mypy", "types-PyYAML"],
+        "test": ["pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "types-PyYAML"],
     },
 )

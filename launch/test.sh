@@ -13,4 +13,5 @@ if [ $# -eq 0 ]; then
   ruff format --check .
   mypy
 fi
-python -m pytest "$@"
+# A file of tests stays on one worker, for its fixtures may start processes of their own.
+python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile "$@"
