@@ -88,8 +88,9 @@ def eps_at_gradient(base: RunConfig, seeds: Sequence[int]) -> RunConfig:
     ladder = Ladder(axis="width", ratios=(1,), seeds=tuple(seeds))
     with Bench(base, None, steps=STEPS) as bench:
         measured = [bench.series(ladder, 1, seed) for seed in seeds]
+    # Three digits: a restart must not be refused for the last bits of a gradient.
     eps = {
-        Module(key.name): 2 ** fmean(series[key] for series in measured)
+        Module(key.name): float(f"{2 ** fmean(series[key] for series in measured):.3g}")
         for key in measured[0]
         if (key.quantity, key.step) == ("gradient", 0)
     }

@@ -120,6 +120,11 @@ class Bench:
         """
         rules = replace(self.base.rules, depth_alpha=ladder.alpha)
         config = moved(replace(self.base, rules=rules, seed=seed), ladder.axis, ratio)
+        if ladder.axis == "depth" and config.model.num_layers % 2:
+            raise ConfigError(
+                f"depth x {ratio:g} has {config.model.num_layers} layers; expected an even number, "
+                "so that networks can be compared in their middle. Choose other ratios."
+            )
         at_base = config.ratios == Ratios()
         axis, alpha = ladder.axis, ladder.alpha
         if at_base:

@@ -11,9 +11,9 @@ from tests.dist.harness import Results, run_cases
 
 CASES = "tests.dist.observe_cases"
 
-#: fp32 sums in another order; Adam divides gradients that almost vanish by their own size, so that
-#: their signs, and with them what two steps change, may differ in a few of 10,000 elements.
-TOLERANCE = 2e-3
+#: fp32 sums in another order. Adam divides gradients that almost vanish by their own size, which
+#: makes it more than rounding: 6e-6 was the largest difference seen over two steps.
+TOLERANCE = 1e-4
 
 
 @pytest.fixture(scope="module")

@@ -161,6 +161,11 @@ def test_a_ladder_of_one_size_is_refused(bench: Bench) -> None:
         slopes(bench, Ladder(axis="width", ratios=(2, 2), seeds=(0,)))
 
 
+def test_a_depth_without_a_middle_is_refused(bench: Bench) -> None:
+    with pytest.raises(ConfigError, match=r"depth x 1\.5 has 3 layers; expected an even number"):
+        slopes(bench, Ladder(axis="depth", ratios=(1, 1.5), seeds=(0,)))
+
+
 def test_a_run_file_is_the_base_with_its_own_text(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", make_corpus(tmp_path / "corpus"))
     settings = coordinate.CoordinateSettings(
