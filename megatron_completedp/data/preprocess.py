@@ -31,7 +31,7 @@ from megatron_completedp.data.settings import PreprocessConfig, build_preprocess
 from megatron_completedp.data.show import show_documents
 from megatron_completedp.data.sources import SourceFile, find_files
 from megatron_completedp.data.workers import Progress, run_workers
-from megatron_completedp.errors import DataError
+from megatron_completedp.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +54,7 @@ Examples:
 """
 
 BLEND_NAME = "blend.yaml"
+MERGED_NAME = "merged"
 #: Failed shards named in the final error; their count is told.
 MAX_REASONS = 10
 
@@ -115,7 +116,13 @@ def preprocess(config: PreprocessConfig) -> str:
     missing: everything finished stays, and the same call goes on from there.
     """
     sizes = _sizes(find_files(config.sources))
-    weights = subset_weights(config, {file.subset for file, _ in sizes})
+    subsets = {file.subset for file, _ in sizes}
+    if config.merge != "none" and MERGED_NAME in subsets:
+        raise ConfigError(
+            f"merged pairs go to {config.out}/{MERGED_NAME}/, which is also the folder of the "
+            f"subset {MERGED_NAME}; give that source another `subset`, or do not merge."
+        )
+    weights = subset_weights(config, subsets)
     tokenizer = claim_folder(config, [file for file, _ in sizes])
     # Made here too, so that a missing package is one error rather than one per shard.
     engine = Encoder(tokenizer, engine=config.engine).name
@@ -191,7 +198,7 @@ def _merged(config: PreprocessConfig, pairs: Sequence[Pair]) -> list[Pair]:
         groups.setdefault(pair.subset if config.merge == "subset" else "all", []).append(pair)
     merged = []
     for name, group in groups.items():
-        target = Path(config.out) / "merged" / name
+        target = Path(config.out) / MERGED_NAME / name
         manifest = merge_pairs([pair.prefix for pair in group], target)
         merged.append(Pair(target, name, manifest.tokens))
     return merged

@@ -33,6 +33,7 @@ from megatron_completedp.data import preprocess as job
 from megatron_completedp.data.claims import claim
 from megatron_completedp.data.indexed import open_pair
 from megatron_completedp.data.manifest import load_manifest
+from megatron_completedp.data.settings import build_preprocess
 from megatron_completedp.data.tokenizer import load_tokenizer, train_sentencepiece
 from megatron_completedp.errors import ConfigError, DataError
 
@@ -357,6 +358,19 @@ def test_merged_by_subset_and_a_mixture(source: Path, reference: Path, tmp_path:
     data = yaml.safe_load((out / "blend.yaml").read_text())["data"]
     assert data["train"] == [str(out / "merged" / name) for name in ("book", "c4", "wikipedia")]
     assert data["train_weights"] == [0.25, 0.5, 0.25]
+
+
+def test_a_subset_that_merging_would_write_over(source: Path, tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "c4.jsonl", TEXTS)
+    tree = {
+        "sources": [str(source / "corpus"), {"path": str(path), "subset": "merged"}],
+        "tokenizer": str(source / "tokenizer.model"),
+        "out": str(tmp_path / "out"),
+        "merge": "subset",
+    }
+    with pytest.raises(ConfigError, match="also the folder of the subset merged"):
+        job.preprocess(build_preprocess(tree))
+    assert not (tmp_path / "out").exists()
 
 
 def test_dry_run_and_inspect(
