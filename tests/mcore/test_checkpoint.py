@@ -17,7 +17,7 @@ from megatron_completedp.config.load import load_config
 from megatron_completedp.config.run import RunConfig
 from megatron_completedp.config.sections import CheckpointConfig
 from megatron_completedp.core.hyperparams import Resolved
-from megatron_completedp.core.multipliers import ModuleMultipliers
+from megatron_completedp.core.multipliers import ModuleMultipliers, Multipliers
 from megatron_completedp.core.roles import Module
 from megatron_completedp.errors import CheckpointError
 from megatron_completedp.mcore.checkpoint import Saver, resume
@@ -232,7 +232,8 @@ def live_table(engine: Engine) -> Any:
 
 def test_another_batch_size_is_refused(config: RunConfig, platform: Platform, saved: Path) -> None:
     training = replace(config.training, global_batch_size=4)
-    other = engine_of(replace(config, training=training, base=None), platform)
+    changes = {"training": training, "base": None, "multipliers": Multipliers()}
+    other = engine_of(replace(config, **changes), platform)
     with pytest.raises(CheckpointError, match=r"has seen 16 sequences in 2 steps; .* would be 8"):
         resume(other, saved)
 
