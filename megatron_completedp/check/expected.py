@@ -84,8 +84,10 @@ def contribution(name: str, axis: Axis, alpha: float) -> Band:
 def gradient(name: str, axis: Axis, alpha: float) -> Band:
     """RMS gradient: 1/N upstream of the readout, m_L^-alpha inside a branch."""
     if axis == "depth":
-        wide = alpha < 1 or name in _QK_GAINS
-        return _around(0 if name in _OUTSIDE else -alpha, 0.25 if wide else 0.15)
+        exponent = 0 if name in _OUTSIDE else -alpha
+        if name in _QK_GAINS:
+            return _around(exponent, 0.4, "head_dim numbers of one layer: noisy")
+        return _around(exponent, 0.25 if alpha < 1 else 0.15)
     if name in _QK_GAINS:
         note = "0 if the heads' terms agree (the table's eps), -1/2 if they are independent"
         return _around(0, 0.6, note)
