@@ -244,8 +244,9 @@ def test_ids_of_the_library_on_real_documents(name: str, articles: list[str]) ->
 def test_every_mark_that_the_engines_order_differently_is_known(tmp_path: Path) -> None:
     """After U+0345, of the highest combining class, every other mark has to move before it."""
     encoder = Encoder(load_tokenizer(byte_level_json(tmp_path / "t.json")))
-    points = [c for c in range(0x80, 0x110000) if not 0xD800 <= c < 0xE000]
-    for start in range(0, len(points), 50_000):
-        texts = ["\u0345" + chr(c) for c in points[start : start + 50_000]]
+    # The planes beyond have no marks.
+    points = [c for c in range(0x80, 0x20000) if not 0xD800 <= c < 0xE000]
+    for start in range(0, len(points), 20_000):
+        texts = ["\u0345" + chr(c) for c in points[start : start + 20_000]]
         found = documents(*encoder.encode(texts, EncodeCounts()))
         assert found == expected(encoder.tokenizer, texts)
