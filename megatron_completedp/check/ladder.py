@@ -15,7 +15,7 @@ from megatron_completedp.check.expected import Axis
 from megatron_completedp.check.fit import mean_curve
 from megatron_completedp.check.sizes import moved
 from megatron_completedp.check.transfer_settings import TransferSettings
-from megatron_completedp.config.load import NOT_THE_RUN, to_tree
+from megatron_completedp.config.load import identity
 from megatron_completedp.config.run import RunConfig
 from megatron_completedp.config.sections import CheckpointConfig, DivergenceConfig, LoggingConfig
 from megatron_completedp.core.ratios import Ratios
@@ -67,16 +67,12 @@ class Ladder:
     @cached_property
     def identity(self) -> dict[str, Any]:
         """What the rows of this study are measurements of; a row names the rest itself."""
-        tree = to_tree(self.base)
-        samples = tree["evaluation"]["samples"]
-        for path in (*NOT_THE_RUN, "seed", "parametrization"):
-            *sections, name = path.split(".")
-            parent = tree
-            for section in sections:
-                parent = parent[section]
-            del parent[name]
-        settings = self.settings
-        return {"axis": settings.axis, "swept": settings.swept, "samples": samples, "run": tree}
+        return {
+            "axis": self.settings.axis,
+            "swept": self.settings.swept,
+            "samples": self.base.evaluation.samples,
+            "run": identity(self.base, "seed", "parametrization"),
+        }
 
     @cached_property
     def reference(self) -> int:

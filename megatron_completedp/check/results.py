@@ -19,7 +19,7 @@ from megatron_completedp.data.atomic import sync_directory
 from megatron_completedp.errors import ConfigError, DataError
 
 #: Stands for a setting that only one of two identities has.
-_ABSENT = "(absent)"
+_ABSENT = "(not given)"
 
 
 class Results:
@@ -90,10 +90,12 @@ class Results:
 
 def _differences(saved: object, now: object, path: str = "") -> Iterator[str]:
     """Each value that differs, as `path: saved ..., now ...`."""
-    if isinstance(saved, dict) and isinstance(now, dict):
-        for key in sorted(saved.keys() | now.keys()):
+    # A section that one of them lacks differs in the values that the other has in it.
+    old, new = ({} if side == _ABSENT else side for side in (saved, now))
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in sorted(old.keys() | new.keys()):
             below = f"{path}.{key}" if path else key
-            yield from _differences(saved.get(key, _ABSENT), now.get(key, _ABSENT), below)
+            yield from _differences(old.get(key, _ABSENT), new.get(key, _ABSENT), below)
     elif saved != now:
         yield f"{path} was {saved}, is now {now}"
 

@@ -136,16 +136,37 @@ def to_yaml(config: object) -> str:
     return str(yaml.safe_dump(to_tree(config), sort_keys=False))
 
 
-def config_hash(config: RunConfig) -> str:
-    """sha256 over what decides the sequence of updates: everything but NOT_THE_RUN."""
-    tree = to_tree(config)
-    for path in NOT_THE_RUN:
+def identity(config: RunConfig, *leave_out: str) -> dict[str, Any]:
+    """What decides the sequence of updates, as plain values; without the paths in `leave_out` too.
+
+    Left out: NOT_THE_RUN, and every value at its default. A field that a later version adds then
+    makes no other run of an old one, as long as its default does what was done before.
+    """
+    tree = _given(config)
+    for path in (*NOT_THE_RUN, *leave_out):
         *sections, name = path.split(".")
         parent = tree
         for section in sections:
-            parent = parent[section]
-        del parent[name]
-    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
+            parent = parent.get(section, {})
+        parent.pop(name, None)
+    return {name: value for name, value in tree.items() if value != {}}
+
+
+def config_hash(config: RunConfig) -> str:
+    """sha256 over the identity of the run."""
+    return hashlib.sha256(json.dumps(identity(config), sort_keys=True).encode()).hexdigest()
+
+
+def _given(config: object) -> dict[str, Any]:
+    """`to_tree` without the values that are at their defaults."""
+    tree: dict[str, Any] = {}
+    for entry in entries(type(config)):
+        value = getattr(config, entry.name)
+        if entry.inline:
+            tree.update(_given(value))
+        elif entry.default is MISSING or value != entry.default:
+            tree[entry.name] = _given(value) if is_dataclass(value) else _plain(value)
+    return tree
 
 
 def _missing(cls: type, tree: Mapping[str, Any], path: str) -> Iterator[str]:

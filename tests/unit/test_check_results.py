@@ -69,7 +69,7 @@ def test_a_torn_header_is_written_again(path: Path) -> None:
     [
         ({**IDENTITY, "base": {"hidden_size": 128}}, ["base.hidden_size was 64, is now 128"]),
         ({**IDENTITY, "steps": (1, 3)}, ["steps was [1, 2], is now [1, 3]"]),
-        ({**IDENTITY, "data": "text"}, ["data was (absent), is now text"]),
+        ({**IDENTITY, "data": "text"}, ["data was (not given), is now text"]),
         ({"base": {}}, ["alpha was 1.0", "base.hidden_size was 64", "steps was [1, 2]"]),
     ],
 )

@@ -15,6 +15,7 @@ from megatron_completedp.config.load import (
     NOT_THE_RUN,
     build,
     config_hash,
+    identity,
     load_config,
     read_yaml,
     to_tree,
@@ -234,6 +235,13 @@ def test_resolved_yaml_writes_every_value() -> None:
 def test_hash_is_of_the_run_and_not_of_the_spelling() -> None:
     assert config_hash(make(**{"hyperparams.lr": "1e-2"})) == config_hash(make())
     assert config_hash(make(**{"hyperparams.weight_decay": 0.1})) == config_hash(make())
+
+
+def test_identity_has_no_defaults_and_nothing_of_where_and_how_often() -> None:
+    """A field added later, which is at its default in old runs, must leave them as they are."""
+    found = identity(make(**{"training.z_loss": 1e-4, "training.clip_grad": 2.0}), "model")
+    assert found["training"] == {"global_batch_size": 8, "train_tokens": 12800, "clip_grad": 2.0}
+    assert found.keys() == {"base", "hyperparams", "training"}
 
 
 @pytest.mark.parametrize(
