@@ -14,7 +14,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["megatron_completedp", "megatron_completedp.*"]),
-    package_data={"megatron_completedp.check": ["page.css"]},
+    package_data={"megatron_completedp.study": ["page.css"]},
     python_requires=">=3.11",
     # psutil is needed by megatron-core's checkpoint writer but not declared by it.
     install_requires=[

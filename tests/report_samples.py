@@ -7,8 +7,8 @@ import math
 import numpy as np
 from matplotlib.figure import Figure
 
-from megatron_completedp.check.plot import label_lines, ladder_colors, log2_axis
-from megatron_completedp.check.report import FigureSpec, Finding, Report, Table
+from megatron_completedp.study.plot import label_lines, ladder_colors, log2_axis
+from megatron_completedp.study.report import FigureSpec, Finding, Report, Table
 
 WIDTHS = (64, 128, 256, 512)
 MODULES = ("embedding", "attention_norm", "q", "k", "v", "o", "gate", "up", "down", "unembedding")

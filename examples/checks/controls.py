@@ -19,11 +19,11 @@ from matplotlib.figure import Figure
 from megatron_completedp.check import eps, quadratic, sde
 from megatron_completedp.check.measure import Bench, Key, Ladder, slopes
 from megatron_completedp.check.mutation import Cell, mutated
-from megatron_completedp.check.plot import COLORS, STYLE, label_lines, log2_axis
 from megatron_completedp.check.sizes import small_base
 from megatron_completedp.core.ratios import Ratios
 from megatron_completedp.core.roles import Role
 from megatron_completedp.core.tables import Rules, Table, build_table
+from megatron_completedp.study.plot import COLORS, STYLE, label_lines, log2_axis
 
 HERE = Path(__file__).parent
 SEEDS = (0, 1)

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
 
-from megatron_completedp.check.report import print_report
 from megatron_completedp.check.settings import PROG, load_settings
 from megatron_completedp.config.cli import run_command
 from megatron_completedp.errors import ConfigError
+from megatron_completedp.study.report import print_report
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def _run_check(name: str, argv: Sequence[str]) -> int:
     report = module.run(settings, out)
     if os.environ.get("RANK", "0") == "0":
         # Drawing needs matplotlib, which --help and bad flags should not wait for.
-        from megatron_completedp.check.page import write_report
+        from megatron_completedp.study.page import write_report
 
         write_report(out, report)
         print(print_report(report))

@@ -12,14 +12,14 @@ import torch.distributed as dist
 
 from megatron_completedp.check.measure import run_identity
 from megatron_completedp.check.probe import Processes, observable, processes
-from megatron_completedp.check.report import FigureSpec, Finding
-from megatron_completedp.check.results import Results
 from megatron_completedp.check.sizes import moved
 from megatron_completedp.check.tokens import Batches, token_sequences
 from megatron_completedp.config.run import RunConfig
 from megatron_completedp.errors import ConfigError
 from megatron_completedp.mcore.engine import Batch, Engine
 from megatron_completedp.plan.run_plan import Plan
+from megatron_completedp.study.report import FigureSpec, Finding
+from megatron_completedp.study.results import Results
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -111,7 +111,7 @@ def curve_figure(with_rule: Curves, without: Curves) -> FigureSpec:
     """Loss over tokens at every batch, with the rule and without."""
 
     def draw(figure: Figure) -> None:
-        from megatron_completedp.check.plot import ladder_colors
+        from megatron_completedp.study.plot import ladder_colors
 
         panels = figure.subplots(1, 2, sharey=True)
         for axes, curves, title in zip(

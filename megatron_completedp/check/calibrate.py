@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_completedp.check.drift import LadderResult, best_of
-from megatron_completedp.check.fit import Interval, bootstrap, slope
 from megatron_completedp.check.ladder import Ladder
 from megatron_completedp.data.atomic import atomic_write
 from megatron_completedp.errors import CompletedPError
+from megatron_completedp.study.fit import Interval, bootstrap, slope
 
 #: The line of a run's YAML that holds the exponent, with its comment.
 _LINE = re.compile(r"^duration_exponent:.*\n?", re.MULTILINE)

@@ -10,10 +10,10 @@ from statistics import fmean
 from megatron_completedp.check import expected
 from megatron_completedp.check.figures import change_figure
 from megatron_completedp.check.measure import Bench, Key, Ladder, slopes
-from megatron_completedp.check.report import Finding, Report, Table
 from megatron_completedp.check.settings import command_line
 from megatron_completedp.check.sizes import base_run
 from megatron_completedp.core.tables import Parametrization
+from megatron_completedp.study.report import Finding, Report, Table
 
 #: Finished steps at which activations are measured.
 STEPS = (0, 1, 2, 5, 10, 20)

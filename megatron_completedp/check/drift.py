@@ -7,7 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from megatron_completedp.check.fit import (
+from megatron_completedp.check.ladder import Ladder, Row
+from megatron_completedp.core.tables import Parametrization
+from megatron_completedp.study.fit import (
     Interval,
     Optimum,
     SeedCurve,
@@ -15,8 +17,6 @@ from megatron_completedp.check.fit import (
     mean_curve,
     optimum,
 )
-from megatron_completedp.check.ladder import Ladder, Row
-from megatron_completedp.core.tables import Parametrization
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,13 +15,13 @@ from megatron_completedp.check import expected
 from megatron_completedp.check.coordinate import describe, finding, places
 from megatron_completedp.check.figures import ladder_figure
 from megatron_completedp.check.measure import Bench, Key, Ladder, slopes
-from megatron_completedp.check.report import Finding, Report
 from megatron_completedp.check.settings import command_line
 from megatron_completedp.check.sizes import base_run
 from megatron_completedp.config.run import RunConfig
 from megatron_completedp.core.multipliers import ModuleMultipliers
 from megatron_completedp.core.roles import GAIN_ROLES, MODULE_ROLES, Module
 from megatron_completedp.core.tables import Parametrization
+from megatron_completedp.study.report import Finding, Report
 
 #: The first update alone: its gradient is the one that eps was set by.
 STEPS = (0, 1)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from megatron_completedp.check.measure import Key, Ladder
-from megatron_completedp.check.report import FigureSpec
+from megatron_completedp.study.report import FigureSpec
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -23,7 +23,7 @@ def change_figure(ladder: Ladder, points: Points, steps: Sequence[int]) -> Figur
     late = [step for step in steps if step > 0]
 
     def draw(figure: Figure) -> None:
-        from megatron_completedp.check.plot import ladder_colors, log2_axis
+        from megatron_completedp.study.plot import ladder_colors, log2_axis
 
         panels = figure.subplots(2, 3, sharex=True).flat
         for axes, name in zip(panels, _SHOWN, strict=True):
@@ -58,7 +58,7 @@ def ladder_figure(
     """
 
     def draw(figure: Figure) -> None:
-        from megatron_completedp.check.plot import label_lines, log2_axis
+        from megatron_completedp.study.plot import label_lines, log2_axis
 
         axes = figure.subplots()
         for slope in sorted(set(exponents.values())):

@@ -10,10 +10,10 @@ from megatron_completedp.check import expected
 from megatron_completedp.check.coordinate import describe, finding, places
 from megatron_completedp.check.figures import ladder_figure
 from megatron_completedp.check.measure import Bench, Key, Ladder, slopes
-from megatron_completedp.check.report import Finding, Report
 from megatron_completedp.check.settings import command_line
 from megatron_completedp.check.sizes import base_run
 from megatron_completedp.core.tables import Parametrization
+from megatron_completedp.study.report import Finding, Report
 
 #: Finished steps before the gradients that are averaged; the last step has none.
 STEPS = (0, 1, 2, 5, 10, 11)

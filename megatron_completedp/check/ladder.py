@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from megatron_completedp.check.expected import Axis
-from megatron_completedp.check.fit import mean_curve
 from megatron_completedp.check.sizes import moved
 from megatron_completedp.check.transfer_settings import TransferSettings
 from megatron_completedp.config.load import identity
@@ -22,6 +21,7 @@ from megatron_completedp.core.ratios import Ratios
 from megatron_completedp.core.tables import Parametrization
 from megatron_completedp.errors import ConfigError
 from megatron_completedp.plan.run_plan import Plan
+from megatron_completedp.study.fit import mean_curve
 
 Row = Mapping[str, Any]
 

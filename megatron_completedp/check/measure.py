@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 import torch.distributed as dist
 
 from megatron_completedp.check.expected import Axis
-from megatron_completedp.check.fit import slope
 from megatron_completedp.check.probe import (
     Processes,
     Record,
@@ -26,7 +25,6 @@ from megatron_completedp.check.probe import (
     probe_optimizer,
     processes,
 )
-from megatron_completedp.check.results import Results
 from megatron_completedp.check.sizes import moved
 from megatron_completedp.check.tokens import Batches, token_sequences
 from megatron_completedp.config.load import NOT_THE_RUN, to_tree
@@ -34,6 +32,8 @@ from megatron_completedp.config.run import RunConfig
 from megatron_completedp.core.ratios import Ratios
 from megatron_completedp.core.tables import Table
 from megatron_completedp.errors import ConfigError, TrainingDiverged
+from megatron_completedp.study.fit import slope
+from megatron_completedp.study.results import Results
 
 #: Places whose input has passed through half a layer more than the layer's own input.
 _SECOND_HALF = frozenset({"mlp_norm", "gate", "up", "down", "mlp_branch"})

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_completedp.check import quadratic
-from megatron_completedp.check.report import Finding, Report, Table
 from megatron_completedp.check.settings import command_line
 from megatron_completedp.check.sizes import base_run, small_base
 from megatron_completedp.core.hyperparams import resolve
@@ -21,6 +20,7 @@ from megatron_completedp.core.roles import Role
 from megatron_completedp.core.tables import Parametrization, Rules
 from megatron_completedp.core.tables import Table as Rulebook
 from megatron_completedp.optim.segments import AdamWValues
+from megatron_completedp.study.report import Finding, Report, Table
 
 #: (m_B, m_D) at which the quadratic is held to its base.
 POINTS = ((4.0, 1.0), (0.25, 1.0), (1.0, 4.0), (4.0, 4.0))

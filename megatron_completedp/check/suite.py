@@ -12,8 +12,8 @@ from pathlib import Path
 
 import tyro
 
-from megatron_completedp.check.page import IndexEntry, write_index
 from megatron_completedp.check.settings import PROG
+from megatron_completedp.study.page import IndexEntry, write_index
 
 #: From seconds to minutes, so that what fails early says so early.
 SUITE = ("sde", "eps", "gradient", "coordinate", "transfer")

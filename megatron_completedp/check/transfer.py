@@ -16,8 +16,6 @@ from pathlib import Path
 from megatron_completedp.check.calibrate import fitted_exponent, write_exponent
 from megatron_completedp.check.drift import LadderResult, SizeResult, analyse
 from megatron_completedp.check.ladder import Ladder, Row
-from megatron_completedp.check.report import FigureSpec, Finding, Report, Table
-from megatron_completedp.check.results import Results
 from megatron_completedp.check.settings import command_line
 from megatron_completedp.check.transfer_base import small_base
 from megatron_completedp.check.transfer_figures import draw_loss_by_size, draw_sweeps
@@ -27,6 +25,8 @@ from megatron_completedp.config.load import load_config, to_yaml
 from megatron_completedp.config.run import RunConfig, check_world
 from megatron_completedp.data.atomic import atomic_write
 from megatron_completedp.errors import ConfigError
+from megatron_completedp.study.report import FigureSpec, Finding, Report, Table
+from megatron_completedp.study.results import Results
 
 logger = logging.getLogger(__name__)
 

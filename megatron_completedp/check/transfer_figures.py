@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from megatron_completedp.check.drift import LadderResult, SizeResult
-from megatron_completedp.check.plot import COLORS, label_lines, ladder_colors, log2_axis
 from megatron_completedp.check.transfer_settings import SWEPT_NAMES, TransferSettings
+from megatron_completedp.study.plot import COLORS, label_lines, ladder_colors, log2_axis
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -23,10 +23,10 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
-from megatron_completedp.check.points import train_point
-from megatron_completedp.check.results import Results
 from megatron_completedp.data.claims import claim
 from megatron_completedp.errors import REQUEUE_EXIT_CODE, CompletedPError
+from megatron_completedp.study.points import train_point
+from megatron_completedp.study.results import Results
 
 logger = logging.getLogger(__name__)
 

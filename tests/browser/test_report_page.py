@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_completedp.check.page import IndexEntry, write_index, write_report
+from megatron_completedp.study.page import IndexEntry, write_index, write_report
 from tests.browser.chromium import NAMES, Chromium, find_chromium
 from tests.report_samples import sample_report
 

@@ -14,13 +14,13 @@ from megatron_completedp.check import coordinate, eps, gradient
 from megatron_completedp.check.measure import Bench, Key, Ladder, slopes, summarize
 from megatron_completedp.check.mutation import Cell, mutated
 from megatron_completedp.check.probe import Record
-from megatron_completedp.check.report import Finding
 from megatron_completedp.check.sizes import small_base
 from megatron_completedp.config.parallel import ParallelConfig
 from megatron_completedp.core.tables import Rules, Table, build_table
 from megatron_completedp.errors import ConfigError
 from megatron_completedp.mcore.parallel import destroy_parallel, initialize_parallel
 from megatron_completedp.mcore.platform import Platform
+from megatron_completedp.study.report import Finding
 
 from .train_runs import make_corpus, write_run
 

@@ -15,14 +15,14 @@ from typing import Any
 import pytest
 import yaml
 
-from megatron_completedp.check.points import outcome, train_point
-from megatron_completedp.check.report import Report
-from megatron_completedp.check.results import Results
 from megatron_completedp.check.transfer import run
 from megatron_completedp.check.transfer_settings import TransferSettings
 from megatron_completedp.check.workers import Task, run_tasks
 from megatron_completedp.config.load import load_config
 from megatron_completedp.errors import REQUEUE_EXIT_CODE, CompletedPError, ConfigError
+from megatron_completedp.study.points import outcome, train_point
+from megatron_completedp.study.report import Report
+from megatron_completedp.study.results import Results
 
 from .train_runs import ROOT, finish, make_corpus, start, write_run
 

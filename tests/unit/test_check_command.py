@@ -13,9 +13,9 @@ import pytest
 
 from megatron_completedp.check import suite
 from megatron_completedp.check.__main__ import CHECKS, Check, main
-from megatron_completedp.check.report import Finding, Report
 from megatron_completedp.check.settings import command_line, load_settings
 from megatron_completedp.errors import ConfigError
+from megatron_completedp.study.report import Finding, Report
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,10 +10,10 @@ import pytest
 from transfer_samples import base_run, ladder, parabola, rows_of
 
 from megatron_completedp.check.ladder import next_multiple
-from megatron_completedp.check.results import Results
 from megatron_completedp.check.transfer_settings import TransferSettings
 from megatron_completedp.core.ratios import Ratios
 from megatron_completedp.errors import ConfigError
+from megatron_completedp.study.results import Results
 
 
 @pytest.mark.parametrize(

@@ -22,8 +22,9 @@ ALLOWED: dict[str, set[str]] = {
     "config": {"core"},
     **{part: {"core", "config"} | _PARTS for part in _PARTS},
     "train": {"core", "config"} | _PARTS,
-    "check": {"core", "config", "train"} | _PARTS,
-    "search": {"core", "config", "train"} | _PARTS,
+    "study": {"core", "config", "train"} | _PARTS,
+    "check": {"core", "config", "train", "study"} | _PARTS,
+    "search": {"core", "config", "train", "study"} | _PARTS,
 }
 OUTSIDE_PACKAGE = {"tools", "examples", "launch", "tests"}
 

@@ -1,4 +1,4 @@
-"""One style for every figure of a check, and the few helpers that their drawings share.
+"""One style for every figure of a study, and the few helpers that their drawings share.
 
 Readable when a phone shows them 360 pixels wide, and without telling red from green: colours are
 Okabe and Ito's (2008) or a run of viridis, and lines carry their names where they end.
@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from megatron_completedp.check.report import FigureSpec
+from megatron_completedp.study.report import FigureSpec
 
 #: Okabe and Ito's colours for colour-blind readers, those with a contrast of 3 to white (WCAG 2).
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000")

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from megatron_completedp.check.fit import Interval, bootstrap, mean_curve, optimum, slope
+from megatron_completedp.study.fit import Interval, bootstrap, mean_curve, optimum, slope
 
 GRID = (-2.0, -1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0)
 

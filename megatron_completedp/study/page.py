@@ -13,9 +13,9 @@ from html import escape
 from importlib import resources
 from pathlib import Path
 
-from megatron_completedp.check.plot import render
-from megatron_completedp.check.report import FigureSpec, Finding, Report, Table, report_json
 from megatron_completedp.data.atomic import atomic_write
+from megatron_completedp.study.plot import render
+from megatron_completedp.study.report import FigureSpec, Finding, Report, Table, report_json
 
 #: Figures wider than this, in inches, take the page's whole width.
 _WIDE = 6.0

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from megatron_completedp.check.results import Results
 from megatron_completedp.errors import ConfigError, DataError
+from megatron_completedp.study.results import Results
 
 IDENTITY: dict[str, Any] = {"base": {"hidden_size": 64}, "steps": (1, 2), "alpha": 1.0}
 ROWS = [{"id": "a", "loss": 4.0}, {"id": "b", "loss": 3.5}]
@@ -122,7 +122,7 @@ def test_an_append_waits_for_whoever_is_in_the_file(path: Path) -> None:
 WRITER = """
 import sys
 from pathlib import Path
-from megatron_completedp.check.results import Results
+from megatron_completedp.study.results import Results
 
 path, name = Path(sys.argv[1]), sys.argv[2]
 for number in range(20):

@@ -1,4 +1,4 @@
-"""results.jsonl: what a check measured, one JSON object a line, kept over crashes and restarts.
+"""results.jsonl: what a study measured, one JSON object a line, kept over crashes and restarts.
 
 The first line says what the rows are measurements of; rows are only ever appended, and several
 processes may append at once.
@@ -23,7 +23,7 @@ _ABSENT = "(not given)"
 
 
 class Results:
-    """The rows of one check in one file.
+    """The rows of one study in one file.
 
     `identity` is what decides what a row means: the base, the steps, the data. Leave out what only
     decides how many rows there are (seeds, sizes, values of a sweep) where a row names its own, and

@@ -1,6 +1,6 @@
-"""What a check found: findings against their bounds, figures, tables, and what it does not show.
+"""What a study found: findings against their bounds, figures, tables, and what it does not show.
 
-A check returns a `Report` and draws nothing itself; `page.write_report` makes the files of it.
+A study returns a `Report` and draws nothing itself; `page.write_report` makes the files of it.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class FigureSpec:
     name: str
     """File name without its ending: NAME.png and NAME.svg."""
     caption: str
-    """What is drawn and how to read it, for someone who has not read the check."""
+    """What is drawn and how to read it, for someone who has not read the code."""
     draw: Callable[[Figure], None]
     """Fills the figure."""
     size: tuple[float, float] = (5.0, 3.6)
@@ -75,7 +75,7 @@ class Table:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """Everything one check has to say."""
+    """Everything one study has to say."""
 
     title: str
     question: str
@@ -88,7 +88,7 @@ class Report:
     settings: Mapping[str, str]
     """What it was run with, formatted."""
     exceptions: tuple[str, ...] = ()
-    """Documented exceptions, doubts, and what the check does not show."""
+    """Documented exceptions, doubts, and what the study does not show."""
 
     @property
     def passed(self) -> bool:

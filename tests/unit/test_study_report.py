@@ -12,9 +12,9 @@ import pytest
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
-from megatron_completedp.check.page import IndexEntry, write_index, write_report
-from megatron_completedp.check.plot import COLORS, label_lines, ladder_colors, log2_axis, render
-from megatron_completedp.check.report import FigureSpec, Finding, Report, print_report, report_json
+from megatron_completedp.study.page import IndexEntry, write_index, write_report
+from megatron_completedp.study.plot import COLORS, label_lines, ladder_colors, log2_axis, render
+from megatron_completedp.study.report import FigureSpec, Finding, Report, print_report, report_json
 from tests.report_samples import sample_report
 
 
