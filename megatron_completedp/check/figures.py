@@ -17,13 +17,16 @@ Points = Mapping[Key, Mapping[float, float]]
 #: Shown in figures: enough to see what happens and few enough to tell apart.
 _SHOWN = ("embedding", "q", "o", "down", "residual", "logits")
 
+#: The last column, which has room beside it for the names of the lines.
+_LABELLED = ("o", "logits")
+
 
 def change_figure(ladder: Ladder, points: Points, steps: Sequence[int]) -> FigureSpec:
     """Changes since step 0 against size, one panel per place and one line per step."""
     late = [step for step in steps if step > 0]
 
     def draw(figure: Figure) -> None:
-        from megatron_completedp.study.plot import ladder_colors, log2_axis
+        from megatron_completedp.study.plot import label_lines, ladder_colors, log2_axis
 
         panels = figure.subplots(2, 3, sharex=True).flat
         for axes, name in zip(panels, _SHOWN, strict=True):
@@ -31,10 +34,13 @@ def change_figure(ladder: Ladder, points: Points, steps: Sequence[int]) -> Figur
             for step, color in zip(late, ladder_colors(len(late)), strict=True):
                 by_ratio = points.get(Key("change", name, where, step), {})
                 ratios = list(by_ratio)
-                axes.plot(ratios, [2 ** by_ratio[r] for r in ratios], "o-", color=color)
+                values = [2 ** by_ratio[r] for r in ratios]
+                axes.plot(ratios, values, "o-", color=color, label=f"step {step}")
             axes.set_title(name)
             axes.set_yscale("log", base=2)
             log2_axis(axes, ladder.ratios)
+            if name in _LABELLED:
+                label_lines(axes)
         figure.supxlabel(f"{ladder.axis} over the base's")
         figure.supylabel("RMS of the change since step 0")
 
@@ -43,7 +49,7 @@ def change_figure(ladder: Ladder, points: Points, steps: Sequence[int]) -> Figur
     return FigureSpec(
         name=name.replace(".", "_"),
         caption=f"How far activations have moved since step 0, against {ladder.axis}{alpha}. "
-        f"Lines from dark to light: steps {', '.join(map(str, late))}. Flat is right.",
+        "Flat is right.",
         draw=draw,
         size=(7.5, 4.6),
     )

@@ -38,8 +38,9 @@ def draw_sweeps(figure: Figure, found: Sequence[LadderResult], settings: Transfe
             _draw_sweep(axes, item, color)
         axes.set_title(result.parametrization)
         label_lines(axes)
-    for axes in panels.flat[len(found) :]:
-        axes.set_visible(False)
+    for index in range(len(found), panels.size):
+        panels.flat[index].set_visible(False)
+        panels.flat[index - columns].tick_params(labelbottom=True)
     figure.supxlabel(f"log2 of the {SWEPT_NAMES[settings.swept]} / the base's", fontsize="medium")
     figure.supylabel("validation loss (nats/token)", fontsize="medium")
 
@@ -74,7 +75,7 @@ def draw_loss_by_size(
 ) -> None:
     """Loss with the transferred value against size, a line per parametrization; stars: tuned."""
     axes = figure.subplots()
-    for result, color in zip(found, COLORS, strict=False):
+    for rank, (result, color) in enumerate(zip(found, COLORS, strict=False)):
         sizes = [item.size for item in result.sizes]
         # Matplotlib leaves NaN out, but scales its axis to infinity.
         carried = [
@@ -82,7 +83,10 @@ def draw_loss_by_size(
             for item in result.sizes
         ]
         tuned = [item.best.loss for item in result.sizes]
-        axes.plot(sizes, carried, "o-", color=color, label=result.parametrization)
+        # Thinner and thinner: two parametrizations may have the same numbers here.
+        width = 1.8 * (len(found) - rank)
+        name = result.parametrization
+        axes.plot(sizes, carried, "o-", color=color, linewidth=width, label=name)
         axes.plot(
             sizes, tuned, "*", color=color, markersize=11, markeredgecolor="white", label="_tuned"
         )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, make_dataclass
 from typing import Annotated, Any, Literal, TypedDict, TypeVar, get_args, get_origin
@@ -115,6 +116,9 @@ def run_command(command: Callable[[Sequence[str]], int]) -> int:
     A CompletedPError becomes one message on stderr and the error's own exit code; anything else is
     a defect and keeps its traceback.
     """
+    # Megatron warns at its import of packages that are not there, which says nothing about a
+    # command; which layers a run has, and why, is in its log.
+    warnings.filterwarnings("ignore", module=r"megatron\.core")
     try:
         code = command(sys.argv[1:])
         sys.stdout.flush()

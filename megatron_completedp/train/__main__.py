@@ -6,7 +6,6 @@ import logging
 import os
 import sys
 import time
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -85,10 +84,8 @@ def _log_on_rank_zero() -> None:
         datefmt="%H:%M:%S",
         stream=sys.stderr,
     )
-    # Megatron's own lines and its import-time warnings about absent packages say nothing about this
-    # run; which layers were chosen, and why, is in our log.
+    # Megatron's own lines say nothing about this run; which layers it has, and why, is in ours.
     logging.getLogger("megatron.core").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core")
 
 
 def _rank() -> int:
