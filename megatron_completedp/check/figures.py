@@ -46,10 +46,14 @@ def change_figure(ladder: Ladder, points: Points, steps: Sequence[int]) -> Figur
 
     alpha = f" at alpha {ladder.alpha:g}" if ladder.axis == "depth" else ""
     name = f"change_{ladder.axis}" + (f"_alpha{ladder.alpha:g}" if ladder.axis == "depth" else "")
+    expected = "Flat is right."
+    if ladder.axis == "depth" and ladder.alpha < 1:
+        expected = "Flat is right for embedding and logits; the inside of a branch moves less with "
+        expected += f"depth, down to m_L^{ladder.alpha - 1:g}."
     return FigureSpec(
         name=name.replace(".", "_"),
         caption=f"How far activations have moved since step 0, against {ladder.axis}{alpha}. "
-        "Flat is right.",
+        f"{expected}",
         draw=draw,
         size=(7.5, 4.6),
     )
