@@ -16,12 +16,12 @@ from megatron_completedp.check.sizes import moved
 from megatron_completedp.check.transfer_settings import TransferSettings
 from megatron_completedp.config.load import identity
 from megatron_completedp.config.run import RunConfig
-from megatron_completedp.config.sections import CheckpointConfig, DivergenceConfig, LoggingConfig
 from megatron_completedp.core.ratios import Ratios
 from megatron_completedp.core.tables import Parametrization
 from megatron_completedp.errors import ConfigError
 from megatron_completedp.plan.run_plan import Plan
 from megatron_completedp.study.fit import mean_curve
+from megatron_completedp.study.points import as_point
 
 Row = Mapping[str, Any]
 
@@ -86,18 +86,7 @@ class Ladder:
         config = self.base
         for axis, ratio in self._moves(size):
             config = moved(config, axis, ratio)
-        # Short runs: a stop saves, nothing else does, and a run that diverged is a result.
-        config = replace(
-            config,
-            checkpoint=CheckpointConfig(interval=0, save_at_end=False),
-            divergence=DivergenceConfig(),
-        )
-        return replace(
-            config,
-            evaluation=replace(config.evaluation, interval=config.steps),
-            # Ten rows in the last tenth of the run, over which the training loss is averaged.
-            logging=LoggingConfig(interval=max(1, config.steps // 100)),
-        )
+        return as_point(config)
 
     def _moves(self, size: int) -> tuple[tuple[Axis, float], ...]:
         """The axes to move for `size`, each with its ratio to the base run."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import math
 import os
-import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,9 +21,10 @@ from megatron_completedp.check.transfer_figures import draw_loss_by_size, draw_s
 from megatron_completedp.check.transfer_settings import SWEPT_NAMES, TransferSettings
 from megatron_completedp.check.workers import Task, run_tasks
 from megatron_completedp.config.load import load_config, to_yaml
-from megatron_completedp.config.run import RunConfig, check_world
+from megatron_completedp.config.run import check_world
 from megatron_completedp.data.atomic import atomic_write
 from megatron_completedp.errors import ConfigError
+from megatron_completedp.study.crew import visible_devices, worker_count
 from megatron_completedp.study.report import FigureSpec, Finding, Report, Table
 from megatron_completedp.study.results import Results
 
@@ -56,8 +56,7 @@ def train_missing(ladder: Ladder, results: Results) -> None:
     settings = ladder.settings
     while missing := ladder.missing(results.rows()):
         devices = visible_devices(ladder.base)
-        per_run = len(devices) or len(os.sched_getaffinity(0))
-        workers = settings.workers or max(1, per_run // settings.ranks)
+        workers = worker_count(settings.workers, ranks=settings.ranks, devices=devices)
         tasks = []
         for point in missing:
             check_world(point.config, settings.ranks)
@@ -74,19 +73,6 @@ def train_missing(ladder: Ladder, results: Results) -> None:
             ranks=settings.ranks,
             devices=devices,
         )
-
-
-def visible_devices(base: RunConfig) -> list[str]:
-    """The CUDA devices that runs may use, as CUDA_VISIBLE_DEVICES names them; none for CPU runs."""
-    if base.training.device == "cpu":
-        return []
-    if "CUDA_VISIBLE_DEVICES" in os.environ:
-        return [name for name in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if name]
-    try:
-        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return []
-    return [str(index) for index in range(len(listed.stdout.splitlines()))]
 
 
 def _report(ladder: Ladder, found: Sequence[LadderResult], rows: Sequence[Row]) -> Report:

@@ -12,12 +12,13 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from megatron_completedp.config.load import load_config
 from megatron_completedp.config.run import RunConfig
+from megatron_completedp.config.sections import CheckpointConfig, DivergenceConfig, LoggingConfig
 from megatron_completedp.errors import CompletedPError, TrainingDiverged
 from megatron_completedp.plan.run_plan import Plan
 from megatron_completedp.train import folder as run_folder
@@ -25,6 +26,21 @@ from megatron_completedp.train.metrics import read_metrics
 
 #: Part of the run, at its end, over which the training loss is averaged.
 LAST_PART = 0.1
+
+
+def as_point(config: RunConfig) -> RunConfig:
+    """`config` as a short run of a study: one evaluation, after the last step; a stop alone saves.
+
+    A run that diverged is a result, so it stops there.
+    """
+    return replace(
+        config,
+        checkpoint=CheckpointConfig(interval=0, save_at_end=False),
+        divergence=DivergenceConfig(),
+        evaluation=replace(config.evaluation, interval=config.steps),
+        # Ten rows in the last tenth of the run, over which the training loss is averaged.
+        logging=LoggingConfig(interval=max(1, config.steps // 100)),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -80,7 +80,7 @@ class Results:
                 f"{self.path}: line 1 is no header of a results file; delete the file or give "
                 "another --out."
             )
-        differences = list(_differences(header["identity"], self._identity))
+        differences = list(differences(header["identity"], self._identity))
         if differences:
             raise ConfigError(
                 f"{self.path} holds results of another config: {'; '.join(differences)}. Give "
@@ -88,14 +88,14 @@ class Results:
             )
 
 
-def _differences(saved: object, now: object, path: str = "") -> Iterator[str]:
-    """Each value that differs, as `path: saved ..., now ...`."""
+def differences(saved: object, now: object, path: str = "") -> Iterator[str]:
+    """Each value that differs between two trees of plain data, as `path was ..., is now ...`."""
     # A section that one of them lacks differs in the values that the other has in it.
     old, new = ({} if side == _ABSENT else side for side in (saved, now))
     if isinstance(old, dict) and isinstance(new, dict):
         for key in sorted(old.keys() | new.keys()):
             below = f"{path}.{key}" if path else key
-            yield from _differences(old.get(key, _ABSENT), new.get(key, _ABSENT), below)
+            yield from differences(old.get(key, _ABSENT), new.get(key, _ABSENT), below)
     elif saved != now:
         yield f"{path} was {saved}, is now {now}"
 

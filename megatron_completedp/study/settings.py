@@ -1,0 +1,68 @@
+"""The settings of a study from its YAML and its flags, by the same rules as a run's."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from megatron_completedp.config.cli import read_arguments
+from megatron_completedp.config.load import build
+from megatron_completedp.errors import ConfigError
+
+T = TypeVar("T")
+E = TypeVar("E", bound="OutFlag")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutFlag:
+    """Where a study writes, which is no setting of what it measures."""
+
+    out: str | None = None
+    """Folder for the results, figures and report.html; the default is under runs/."""
+
+
+def load_study(
+    cls: type[T],
+    argv: Sequence[str],
+    *,
+    prog: str,
+    description: str,
+    default_out: str,
+    extra: type[E],
+    paths: Sequence[str] = ("run",),
+) -> tuple[T, Path, E]:
+    """The settings of a study, its output folder and the command's own flags, as `argv` has them.
+
+    Flags override the YAML of `--config`, which overrides the defaults. Under the keys `paths` the
+    YAML has paths relative to its own folder, so that the files can move together; as a flag they
+    are relative to the working directory. Raises ConfigError for a bad value; usage errors and
+    `--help` leave through SystemExit.
+    """
+    tree, flags = read_arguments(argv, cls, prog=prog, description=description, extra=extra)
+    for key in paths:
+        _resolve(tree, argv, key)
+    out = tree.pop("out", default_out)
+    if not isinstance(out, str):
+        raise ConfigError(f"out is {out!r}; expected the path of a folder.")
+    return build(cls, tree), Path(flags.out or out), flags
+
+
+def _resolve(tree: dict[str, Any], argv: Sequence[str], key: str) -> None:
+    """Make the path under `key` relative to the YAML it stands in, when it stands in one."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config")
+    parser.add_argument(f"--{key}", dest="path")
+    given, _ = parser.parse_known_args(argv)
+    path = tree.get(key)
+    if given.config and given.path is None and isinstance(path, str) and path:
+        tree[key] = str(Path(given.config).parent / path)
+
+
+def command_line(prog: str) -> str:
+    """The command `prog` as it was typed, to be repeated from a report."""
+    return f"{prog} {shlex.join(sys.argv[1:])}".rstrip()
