@@ -42,6 +42,10 @@ class CheckpointError(CompletedPError):
     """A checkpoint is missing, incomplete or belongs to another run."""
 
 
+class ConversionError(CompletedPError):
+    """A model cannot be converted: its files are not whole, or the other side cannot compute it."""
+
+
 class TrainingDiverged(CompletedPError):
     """A step must not become part of the model; whoever catches it decides how to go on.
 

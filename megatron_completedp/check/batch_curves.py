@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch.distributed as dist
 
-from megatron_completedp.check.measure import run_identity
-from megatron_completedp.check.probe import Processes, observable, processes
+from megatron_completedp.check.probe import Processes, divided, observable, processes
 from megatron_completedp.check.sizes import moved
 from megatron_completedp.check.tokens import Batches, token_sequences
+from megatron_completedp.config.load import identity
 from megatron_completedp.config.run import RunConfig
 from megatron_completedp.errors import ConfigError
 from megatron_completedp.mcore.engine import Batch, Engine
@@ -146,6 +146,7 @@ def _at(base: RunConfig, ratio: float, seed: int, rule: bool) -> RunConfig:
 
 def _train(config: RunConfig, where: Processes, out: Path) -> list[float]:
     """Losses before the first step and after each tenth of the run."""
+    config = divided(config, where)
     samples = config.steps * config.training.global_batch_size
     sequences = token_sequences(config, samples, out / "cache")
     batches = Batches(config, sequences)
@@ -169,7 +170,7 @@ def _open(base: RunConfig, out: Path) -> tuple[Results | None, dict[str, list[fl
     """The results file, on rank 0, and what it holds, on every rank."""
     results, known = None, {}
     if dist.get_rank() == 0:
-        results = Results(out / "results.jsonl", {"run": run_identity(base)})
+        results = Results(out / "results.jsonl", {"run": identity(base, "seed")})
         known = {row["point"]: row["losses"] for row in results.rows()}
     shared = [known]
     dist.broadcast_object_list(shared)

@@ -20,6 +20,7 @@ from megatron_completedp.check.expected import Axis
 from megatron_completedp.check.probe import (
     Processes,
     Record,
+    divided,
     observable,
     probe,
     probe_optimizer,
@@ -27,7 +28,7 @@ from megatron_completedp.check.probe import (
 )
 from megatron_completedp.check.sizes import moved
 from megatron_completedp.check.tokens import Batches, token_sequences
-from megatron_completedp.config.load import NOT_THE_RUN, to_tree
+from megatron_completedp.config.load import identity
 from megatron_completedp.config.run import RunConfig
 from megatron_completedp.core.ratios import Ratios
 from megatron_completedp.core.tables import Table
@@ -90,12 +91,14 @@ class Bench:
         self._processes = self._stack.enter_context(processes(self.base))
         known: list[dict[str, Any]] = []
         if self._out is not None and dist.get_rank() == 0:
-            identity = {
+            meaning = {
                 "steps": self.steps,
                 "optimizer": self._optimizer,
-                "run": run_identity(self.base),
+                # A row names its seed and its alpha itself.
+                "run": identity(self.base, "seed", "depth_alpha"),
+                "held_out": divided(self.base, self._processes).training.micro_batch_size,
             }
-            self._results = Results(self._out / "results.jsonl", identity)
+            self._results = Results(self._out / "results.jsonl", meaning)
             known = self._results.rows()
         shared = [known]
         dist.broadcast_object_list(shared)  # every rank must skip the same engines
@@ -147,6 +150,7 @@ class Bench:
     def _measure(
         self, config: RunConfig, axis: Axis, steps: Sequence[int], table: Table | None
     ) -> Series:
+        config = divided(config, self._processes)
         samples = (max(steps) + 1) * config.training.global_batch_size
         cache = (self._out or Path(config.run_dir)) / "cache"
         batches = Batches(config, token_sequences(config, samples, cache))
@@ -233,15 +237,3 @@ def _series(row: Mapping[str, Any]) -> Series:
         quantity, name, where, step = text.split("/")
         found[Key(quantity, name, where, int(step))] = value
     return found
-
-
-def run_identity(base: RunConfig) -> dict[str, Any]:
-    """What the rows of a check are measurements of; a row names its seed and its alpha itself."""
-    tree = to_tree(base)
-    for path in (*NOT_THE_RUN, "seed", "depth_alpha"):
-        *sections, name = path.split(".")
-        parent = tree
-        for section in sections:
-            parent = parent[section]
-        del parent[name]
-    return tree

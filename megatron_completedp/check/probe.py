@@ -5,6 +5,7 @@ All figures are of the whole model: they do not depend on how ranks share the wo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -19,6 +20,7 @@ from megatron_completedp.core.hyperparams import Resolved, resolve
 from megatron_completedp.core.roles import Module
 from megatron_completedp.core.schedule import Schedule
 from megatron_completedp.core.tables import Table
+from megatron_completedp.errors import ConfigError
 from megatron_completedp.mcore.engine import Engine
 from megatron_completedp.mcore.observe import (
     Observation,
@@ -91,6 +93,21 @@ def observable(config: RunConfig) -> RunConfig:
         schedule=Schedule(kind="constant", warmup_fraction=0.0),
         training=replace(config.training, precision="fp32", clip_grad=0.0),
     )
+
+
+def divided(config: RunConfig, where: Processes) -> RunConfig:
+    """`config` in micro batches that its data-parallel ranks have equal numbers of.
+
+    Raises ConfigError for a batch that they cannot share.
+    """
+    batch, ranks = config.training.global_batch_size, where.state.dp_size
+    if batch % ranks:
+        raise ConfigError(
+            f"a batch of {batch} sequences cannot be shared by {ranks} data-parallel ranks; "
+            "expected a multiple. Start fewer ranks, or choose other ratios or another base."
+        )
+    micro = math.gcd(batch // ranks, config.training.micro_batch_size)
+    return replace(config, training=replace(config.training, micro_batch_size=micro))
 
 
 def resolved_by(config: RunConfig, table: Table | None) -> Resolved:

@@ -2,7 +2,7 @@
 
 The flags are generated from the config dataclasses: `--section.field-name` with the field's
 docstring as help, and Megatron's flat name where it has one. Per-module factors
-(`multipliers.types`) are found by the search and come from YAML alone.
+(`multipliers.types` and `.layers`) are found by the search and come from YAML alone.
 """
 
 from __future__ import annotations

@@ -103,7 +103,7 @@ class RunConfig:
         # Width, heads and d_ff must have grown together from the base: raises when they have not.
         _ = self.ratios
         base_layers = self.base.num_layers if self.base else self.model.num_layers
-        self.multipliers.depth.check_depth(base_layers)
+        self.multipliers.check_depth(base_layers)
 
     def _check_length(self) -> None:
         tokens, steps = self.training.train_tokens, self.training.train_steps

@@ -92,6 +92,14 @@ def _split_optional(annotation: Any) -> tuple[Any, bool]:
 @cache
 def _field_docs(cls: type) -> dict[str, str]:
     """The string literal under each field of `cls`; only the source still has them."""
+    docs = {}
+    for base in reversed(cls.__mro__):
+        if is_dataclass(base):
+            docs.update(_own_field_docs(base))
+    return docs
+
+
+def _own_field_docs(cls: type) -> dict[str, str]:
     (tree,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
     assert isinstance(tree, ast.ClassDef)
     docs = {}

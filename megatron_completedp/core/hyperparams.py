@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import Any
 
 from megatron_completedp.core.monomial import HALF, Monomial
-from megatron_completedp.core.multipliers import DepthProfiles, Multipliers
+from megatron_completedp.core.multipliers import Multipliers
 from megatron_completedp.core.ratios import Ratios
 from megatron_completedp.core.roles import GAIN_ROLES, MODULE_ROLES, OUTSIDE_STACK, Module, Role
 from megatron_completedp.core.shape import ModelShape
@@ -67,7 +67,7 @@ class Factors:
     type: float = 1.0
     """The module type's multiplier."""
     depth: float = 1.0
-    """The depth profile's multiplier at this layer."""
+    """The multiplier at this layer: the shared profile's times the module's own."""
     m_N: float = 1.0
     m_L: float = 1.0
     m_B: float = 1.0
@@ -187,7 +187,7 @@ def resolve(
 ) -> Resolved:
     """Resolve the hyperparameters of every (module, layer) of a model of `shape`.
 
-    value = base * type[module] * depth[layer] * cell[role](ratios)   (rules, section 4).
+    value = base * type[module] * depth[module, layer] * cell[role](ratios)   (rules, section 4).
 
     `table` replaces the one that `rules` select: the checks hand in wrong ones, to see them fail.
 
@@ -203,8 +203,7 @@ def resolve(
         ratios=ratios,
         table=table,
         base=base,
-        multipliers=multipliers,
-        profiles=multipliers.depth.to_depth(shape.num_layers),
+        multipliers=multipliers.to_depth(shape.num_layers),
     )
     entries = tuple(
         resolver.module(module, layer)
@@ -232,7 +231,6 @@ class _Resolver:
     table: Table
     base: BaseHyperparams
     multipliers: Multipliers
-    profiles: DepthProfiles
     """Already at the target's depth."""
 
     def module(self, module: Module, layer: int | None) -> ResolvedHyperparams:
@@ -271,16 +269,17 @@ class _Resolver:
         )
 
     def residual(self, layer: int) -> ResidualMultiplier:
+        multipliers = self.multipliers
         rule = self.table.residual_multiplier.at(
             self.ratios, self.rules.depth_alpha, self.rules.duration_exponent
         )
         return ResidualMultiplier(
             layer=layer,
-            attention=self.multipliers.attention_residual_mult
-            * self.profiles.factor("attention_residual_mult", layer)
+            attention=multipliers.attention_residual_mult
+            * multipliers.depth.factor("attention_residual_mult", layer)
             * rule,
-            mlp=self.multipliers.mlp_residual_mult
-            * self.profiles.factor("mlp_residual_mult", layer)
+            mlp=multipliers.mlp_residual_mult
+            * multipliers.depth.factor("mlp_residual_mult", layer)
             * rule,
         )
 
@@ -291,7 +290,7 @@ class _Resolver:
         return Factors(
             base=base,
             type=getattr(self.multipliers.of(module), mult),
-            depth=self.profiles.factor(mult, layer),
+            depth=self.multipliers.layer_factor(module, mult, layer),
             rule=str(cell),
             **cell.factors(self.ratios, rules.depth_alpha, rules.duration_exponent),
         )
@@ -361,9 +360,10 @@ def _check_tied(shape: ModelShape, table: Table, base: BaseHyperparams) -> None:
 
 
 def _check_modules(shape: ModelShape, multipliers: Multipliers) -> None:
-    unknown = [module for module in multipliers.types if module not in shape.modules]
-    if unknown:
-        raise ConfigError(
-            f"multipliers.types names {', '.join(unknown)}, which this model lacks; its modules "
-            f"are {', '.join(shape.modules)}."
-        )
+    for section in ("types", "layers"):
+        unknown = [name for name in getattr(multipliers, section) if name not in shape.modules]
+        if unknown:
+            raise ConfigError(
+                f"multipliers.{section} names {', '.join(unknown)}, which this model lacks; its "
+                f"modules are {', '.join(shape.modules)}."
+            )

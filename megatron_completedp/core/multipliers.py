@@ -8,11 +8,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from types import MappingProxyType
+from typing import Literal, Self
 
-from megatron_completedp.core.roles import GAIN_ROLES, MODULE_ROLES, Module
+from megatron_completedp.core.roles import GAIN_ROLES, MODULE_ROLES, OUTSIDE_STACK, Module
 from megatron_completedp.errors import ConfigError
+
+#: How fine hyperparameters are, from one value for all modules to one per module and layer. Each
+#: holds the ones before it; residual multipliers belong to all of them.
+Level = Literal["global", "types", "types_x_depth", "full"]
+LEVELS: tuple[Level, ...] = ("global", "types", "types_x_depth", "full")
+
+#: How far a profile's geometric mean may be from 1, relative: what writing it with four digits
+#: leaves. At its own depth a profile stands as written.
+MEAN_TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,44 +48,52 @@ class ModuleMultipliers:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DepthProfiles:
+class LayerProfiles:
     """One factor per base layer for each hyperparameter; empty means 1 at every layer.
 
-    At another depth a profile is read at (l + 1/2)/L by linear interpolation in log space, clamped
-    at the ends, and rescaled so that its geometric mean is 1.
+    A profile says how layers differ, not how large a value is: its geometric mean is 1, and what
+    all layers share belongs to the type. At another depth it is read at (l + 1/2)/L by linear
+    interpolation in log space, clamped at the ends, and rescaled to a geometric mean of 1.
     """
 
     lr_mult: tuple[float, ...] = ()
+    """On the learning rate."""
     weight_decay_mult: tuple[float, ...] = ()
+    """On the weight decay."""
     one_minus_beta1_mult: tuple[float, ...] = ()
+    """On 1 - beta1."""
     one_minus_beta2_mult: tuple[float, ...] = ()
+    """On 1 - beta2."""
     eps_mult: tuple[float, ...] = ()
+    """On Adam's eps."""
     init_std_mult: tuple[float, ...] = ()
-    attention_residual_mult: tuple[float, ...] = ()
-    mlp_residual_mult: tuple[float, ...] = ()
+    """On the standard deviation of the initial weights."""
 
     def __post_init__(self) -> None:
         for item in fields(self):
-            for value in getattr(self, item.name):
-                _require_positive(f"multipliers.depth.{item.name}", value)
+            profile = getattr(self, item.name)
+            for value in profile:
+                _require_positive(f"multipliers: the layer profile {item.name}", value)
+            _require_centred(item.name, profile)
 
-    def check_depth(self, num_layers: int) -> None:
+    def check_depth(self, num_layers: int, where: str) -> None:
         """Raise ConfigError unless every profile has one factor for each base layer, or none.
 
-        A profile of another length would be taken for one that was tuned at that depth.
+        A profile of another length would be taken for one that was tuned at that depth. `where` is
+        the section's path in a config.
         """
         for item in fields(self):
             profile = getattr(self, item.name)
             if profile and len(profile) != num_layers:
                 raise ConfigError(
-                    f"multipliers.depth.{item.name} has {len(profile)} factors; expected one for "
+                    f"{where}.{item.name} has {len(profile)} factors; expected one for "
                     f"each of the base's {num_layers} layers. Give the profile as it was tuned at "
                     "the base (it moves to this model's depth by itself), or leave it empty."
                 )
 
-    def to_depth(self, num_layers: int) -> DepthProfiles:
+    def to_depth(self, num_layers: int) -> Self:
         """The same profiles at `num_layers` layers."""
-        return DepthProfiles(
+        return type(self)(
             **{
                 item.name: interpolate_profile(profile, num_layers)
                 for item in fields(self)
@@ -90,13 +108,28 @@ class DepthProfiles:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DepthProfiles(LayerProfiles):
+    """The profiles that all modules of a layer share, and those of its residual branches."""
+
+    attention_residual_mult: tuple[float, ...] = ()
+    """On the attention branch's residual multiplier."""
+    mlp_residual_mult: tuple[float, ...] = ()
+    """On the MLP branch's residual multiplier."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Multipliers:
-    """All per-module multipliers of a run; the default changes nothing."""
+    """All per-module multipliers of a run; the default changes nothing.
+
+    The factor of a module in a layer is types x depth x layers.
+    """
 
     types: Mapping[Module, ModuleMultipliers] = field(default_factory=lambda: MappingProxyType({}))
     """Factors by module type; a module left out has all factors 1."""
     depth: DepthProfiles = field(default_factory=DepthProfiles)
     """Factors by layer, shared by all modules inside the stack."""
+    layers: Mapping[Module, LayerProfiles] = field(default_factory=lambda: MappingProxyType({}))
+    """Factors by module and layer, beside the shared ones; for modules inside the stack."""
     attention_residual_mult: float = 1.0
     """On the attention branch's residual multiplier, every layer."""
     mlp_residual_mult: float = 1.0
@@ -107,15 +140,50 @@ class Multipliers:
         _require_positive("multipliers.mlp_residual_mult", self.mlp_residual_mult)
         for module, factors in self.types.items():
             if MODULE_ROLES[module] in GAIN_ROLES and factors.init_std_mult != 1:
+                raise _gain_has_no_init(f"multipliers.types.{module}", factors.init_std_mult)
+        for module, profiles in self.layers.items():
+            if module in OUTSIDE_STACK:
                 raise ConfigError(
-                    f"multipliers.types.{module}.init_std_mult is {factors.init_std_mult}, but "
-                    f"{module} is a gain: it starts at 1 and has no standard deviation. Leave "
-                    "init_std_mult out."
+                    f"multipliers.layers names {module}, which exists once, outside the layers. "
+                    f"Give its factors under multipliers.types.{module}."
                 )
+            if MODULE_ROLES[module] in GAIN_ROLES and profiles.init_std_mult:
+                raise _gain_has_no_init(f"multipliers.layers.{module}", profiles.init_std_mult)
+
+    @property
+    def level(self) -> Level:
+        """The least level that holds these factors (where 1 is written out, it counts)."""
+        if self.layers:
+            return "full"
+        if self.depth != DepthProfiles():
+            return "types_x_depth"
+        return "types" if self.types else "global"
 
     def of(self, module: Module) -> ModuleMultipliers:
         """The type factors of `module`."""
         return self.types.get(module, _NEUTRAL)
+
+    def check_depth(self, num_layers: int) -> None:
+        """Raise ConfigError unless every profile has one factor for each base layer, or none."""
+        self.depth.check_depth(num_layers, "multipliers.depth")
+        for module, profiles in self.layers.items():
+            profiles.check_depth(num_layers, f"multipliers.layers.{module}")
+
+    def to_depth(self, num_layers: int) -> Multipliers:
+        """The same multipliers for a model of `num_layers` layers."""
+        return replace(
+            self,
+            depth=self.depth.to_depth(num_layers),
+            layers=MappingProxyType(
+                {module: own.to_depth(num_layers) for module, own in self.layers.items()}
+            ),
+        )
+
+    def layer_factor(self, module: Module, name: str, layer: int | None) -> float:
+        """The shared factor on hyperparameter `name` at `layer` times the module's own."""
+        own = self.layers.get(module)
+        shared = self.depth.factor(name, layer)
+        return shared if own is None else shared * own.factor(name, layer)
 
 
 def interpolate_profile(profile: tuple[float, ...], num_layers: int) -> tuple[float, ...]:
@@ -136,6 +204,27 @@ def interpolate_profile(profile: tuple[float, ...], num_layers: int) -> tuple[fl
         moved.append(logs[left] + (position - left) * (logs[right] - logs[left]))
     mean = sum(moved) / num_layers
     return tuple(math.exp(value - mean) for value in moved)
+
+
+def _require_centred(name: str, profile: tuple[float, ...]) -> None:
+    """A mean other than 1 would act at the base and be gone at every other depth."""
+    if not profile:
+        return
+    mean = math.exp(math.fsum(map(math.log, profile)) / len(profile))
+    if abs(mean - 1) > MEAN_TOLERANCE:
+        centred = ", ".join(f"{value / mean:.5g}" for value in profile)
+        raise ConfigError(
+            f"multipliers: the layer profile {name} = {list(profile)} has a geometric mean of "
+            f"{mean:.5g}; expected 1. Write [{centred}] and multiply what all layers share by "
+            f"{mean:.5g} (the {name} of the types, or the base value)."
+        )
+
+
+def _gain_has_no_init(where: str, value: object) -> ConfigError:
+    return ConfigError(
+        f"{where}.init_std_mult is {value}, but this module is a gain: it starts at 1 and has no "
+        "standard deviation. Leave init_std_mult out."
+    )
 
 
 def _require_positive(name: str, value: float) -> None:

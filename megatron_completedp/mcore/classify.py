@@ -42,7 +42,8 @@ _OUTER_MODULES: dict[str, tuple[Module, ...]] = {
     "decoder.final_layernorm.weight": (Module.FINAL_NORM,),
     "output_layer.weight": (Module.UNEMBEDDING,),
 }
-_LAYER_NAME = re.compile(r"decoder\.layers\.(?P<layer>\d+)\.(?P<tensor>.+)")
+#: A parameter inside the stack: its layer and its name there.
+LAYER_NAME = re.compile(r"decoder\.layers\.(?P<layer>\d+)\.(?P<tensor>.+)")
 
 
 @dataclass(frozen=True)
@@ -166,7 +167,7 @@ def classify_model(
         layer_numbers = [layer.layer_number - 1 for layer in model.decoder.layers]
         for name, parameter in model.named_parameters():
             ranges = classify(name, tuple(parameter.shape), shape, tp_size)
-            match = _LAYER_NAME.fullmatch(name)
+            match = LAYER_NAME.fullmatch(name)
             layer = layer_numbers[int(match["layer"])] if match else None
             item = ClassifiedParameter(
                 parameter=parameter,
@@ -184,7 +185,7 @@ def classify_model(
 
 
 def _modules_of(name: str, local_shape: tuple[int, ...], shape: ModelShape) -> tuple[Module, ...]:
-    match = _LAYER_NAME.fullmatch(name)
+    match = LAYER_NAME.fullmatch(name)
     known, tensor = (_LAYER_MODULES, match["tensor"]) if match else (_OUTER_MODULES, name)
     if tensor not in known:
         reason = (

@@ -80,10 +80,9 @@ class Results:
                 f"{self.path}: line 1 is no header of a results file; delete the file or give "
                 "another --out."
             )
-        differences = list(differences(header["identity"], self._identity))
-        if differences:
+        if found := list(differences(header["identity"], self._identity)):
             raise ConfigError(
-                f"{self.path} holds results of another config: {'; '.join(differences)}. Give "
+                f"{self.path} holds results of another config: {'; '.join(found)}. Give "
                 "another --out, or delete the folder to measure again."
             )
 

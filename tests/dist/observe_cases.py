@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 
+from megatron_completedp.check.measure import Bench, Key, Ladder
 from megatron_completedp.check.probe import Record, observable, probe, probe_optimizer, processes
 from megatron_completedp.check.sizes import moved, small_base
 from megatron_completedp.check.tokens import Batches, synthetic_sequence
@@ -31,6 +32,12 @@ def pp2() -> list[Record]:
 def tp2_pp2() -> list[Record]:
     """Four ranks do both."""
     return _measure(ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=2))
+
+
+def built_in() -> dict[Key, float]:
+    """The base that comes with the checks, whose one micro batch no two ranks can share."""
+    with Bench(small_base(), None, steps=(0, 1)) as bench:
+        return dict(bench.series(Ladder(axis="width", ratios=(1, 2), seeds=(1,)), 2, 1))
 
 
 def _measure(layout: ParallelConfig) -> list[Record]:

@@ -23,7 +23,7 @@ def one() -> list[Record]:
 
 @pytest.fixture(scope="module")
 def two() -> Results:
-    return run_cases(CASES, ["tp2", "pp2", "one"], processes=2)
+    return run_cases(CASES, ["tp2", "pp2", "one", "built_in"], processes=2)
 
 
 def table(records: list[Record]) -> dict[tuple[str, str, int | None, int], float]:
@@ -43,6 +43,15 @@ def assert_equal(ranks: list[list[Record]], expected: list[Record]) -> None:
 @pytest.mark.parametrize("layout", ["tp2", "pp2", "one"])
 def test_two_processes(layout: str, one: list[Record], two: Results) -> None:
     assert_equal(two(layout), one)
+
+
+def test_ranks_divide_the_built_in_batch_and_measure_the_same_gradients(two: Results) -> None:
+    (expected,) = run_cases(CASES, ["built_in"], processes=1)("built_in")
+    gradients = {key for key in expected if key.quantity == "gradient"}
+    assert gradients
+    for measured in two("built_in"):
+        for key in gradients:
+            assert measured[key] == pytest.approx(expected[key], abs=TOLERANCE), key
 
 
 @pytest.mark.slow

@@ -184,11 +184,11 @@ def test_missing_file_is_a_config_error(tmp_path: Path) -> None:
 
 def test_multipliers_by_module() -> None:
     config = make(
-        **{"multipliers.types": {"q": {"lr_mult": 2}}, "multipliers.depth.eps_mult": [1, "2e0"]}
+        **{"multipliers.types": {"q": {"lr_mult": 2}}, "multipliers.depth.eps_mult": [0.5, "2e0"]}
     )
     assert config.multipliers.of(Module.Q).lr_mult == 2.0
     assert config.multipliers.of(Module.K).lr_mult == 1.0
-    assert config.multipliers.depth.eps_mult == (1.0, 2.0)
+    assert config.multipliers.depth.eps_mult == (0.5, 2.0)
 
 
 FULL = {

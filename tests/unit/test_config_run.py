@@ -11,7 +11,6 @@ from config_samples import small_tree
 from megatron_completedp.config.load import build
 from megatron_completedp.config.run import RunConfig, check_world
 from megatron_completedp.config.schema import keys
-from megatron_completedp.core.multipliers import DepthProfiles
 from megatron_completedp.core.ratios import Ratios
 from megatron_completedp.errors import ConfigError
 
@@ -144,10 +143,7 @@ def test_sections_are_frozen_and_small(cls: type) -> None:
     assert len(dataclasses.fields(cls)) <= 15
 
 
-# The fields of DepthProfiles are explained together, in its docstring.
-@pytest.mark.parametrize(
-    "cls", [cls for cls in SECTIONS if cls is not DepthProfiles], ids=lambda cls: cls.__name__
-)
+@pytest.mark.parametrize("cls", SECTIONS, ids=lambda cls: cls.__name__)
 def test_help_texts_are_found(cls: type) -> None:
     """The string under a field is its help; a parser that lost them would leave flags bare."""
     assert [entry.name for entry in keys(cls) if not entry.doc] == []

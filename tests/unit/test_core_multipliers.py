@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from megatron_completedp.core.multipliers import (
     DepthProfiles,
+    LayerProfiles,
     ModuleMultipliers,
     Multipliers,
     interpolate_profile,
@@ -106,7 +107,7 @@ def test_a_module_left_out_is_neutral() -> None:
 def test_factors_must_be_positive_and_finite(value: float) -> None:
     with pytest.raises(ConfigError, match=f"eps_mult is {value}; expected a positive, finite"):
         ModuleMultipliers(eps_mult=value)
-    with pytest.raises(ConfigError, match=f"depth.lr_mult is {value}; expected a positive, finite"):
+    with pytest.raises(ConfigError, match=f"profile lr_mult is {value}; expected a positive, fin"):
         DepthProfiles(lr_mult=(1.0, value))
     with pytest.raises(ConfigError, match=f"mlp_residual_mult is {value}; expected a positive"):
         Multipliers(mlp_residual_mult=value)
@@ -122,7 +123,59 @@ def test_a_gain_has_no_init_std_to_multiply() -> None:
 
 def test_a_profile_has_one_factor_for_each_base_layer() -> None:
     profiles = DepthProfiles(lr_mult=(0.5, 2.0))
-    profiles.check_depth(2)
-    DepthProfiles().check_depth(7)
+    Multipliers(depth=profiles).check_depth(2)
+    Multipliers().check_depth(7)
     with pytest.raises(ConfigError, match=r"depth\.lr_mult has 2 factors; .* the base's 4 layers"):
-        profiles.check_depth(4)
+        Multipliers(depth=profiles).check_depth(4)
+    own = Multipliers(layers={Module.Q: LayerProfiles(eps_mult=(0.5, 2.0))})
+    own.check_depth(2)
+    with pytest.raises(ConfigError, match=r"layers\.q\.eps_mult has 2 factors; .* base's 4 layers"):
+        own.check_depth(4)
+
+
+def test_a_profile_of_another_mean_is_refused_with_the_remedy() -> None:
+    """It would act at the base and be gone at every other depth, where the mean is removed."""
+    with pytest.raises(ConfigError) as error:
+        DepthProfiles(lr_mult=(1.0, 4.0))
+    for part in ("[1.0, 4.0]", "geometric mean of 2; expected 1", "Write [0.5, 2]", "share by 2"):
+        assert part in str(error.value)
+    with pytest.raises(ConfigError, match="geometric mean of 3"):
+        LayerProfiles(eps_mult=(3.0,))
+    # Four digits of a third and of 3: what people write down is not refused for its rounding.
+    assert DepthProfiles(lr_mult=(0.3333, 3.0)).lr_mult == (0.3333, 3.0)
+
+
+def test_layers_multiply_the_shared_profile_and_move_like_it() -> None:
+    multipliers = Multipliers(
+        depth=DepthProfiles(lr_mult=(0.5, 2.0)),
+        layers={Module.Q: LayerProfiles(lr_mult=(0.25, 4.0), eps_mult=(2.0, 0.5))},
+    )
+    assert multipliers.layer_factor(Module.Q, "lr_mult", 0) == 0.125
+    assert multipliers.layer_factor(Module.K, "lr_mult", 0) == 0.5
+    assert multipliers.layer_factor(Module.Q, "eps_mult", 1) == 0.5
+    assert multipliers.layer_factor(Module.EMBEDDING, "lr_mult", None) == 1.0
+    moved = multipliers.to_depth(8)
+    assert moved.layers[Module.Q].lr_mult == interpolate_profile((0.25, 4.0), 8)
+    assert moved.depth == multipliers.depth.to_depth(8)
+
+
+def test_layers_are_refused_where_there_are_none() -> None:
+    with pytest.raises(
+        ConfigError, match=r"layers names embedding, .* under multipliers\.types\.em"
+    ):
+        Multipliers(layers={Module.EMBEDDING: LayerProfiles()})
+    with pytest.raises(ConfigError, match=r"layers\.q_norm\.init_std_mult is \(0\.5, 2\.0\), but"):
+        Multipliers(layers={Module.Q_NORM: LayerProfiles(init_std_mult=(0.5, 2.0))})
+
+
+@pytest.mark.parametrize(
+    ("multipliers", "level"),
+    [
+        (Multipliers(attention_residual_mult=0.5), "global"),
+        (Multipliers(types={Module.Q: ModuleMultipliers(lr_mult=2.0)}), "types"),
+        (Multipliers(depth=DepthProfiles(mlp_residual_mult=(0.5, 2.0))), "types_x_depth"),
+        (Multipliers(layers={Module.Q: LayerProfiles(lr_mult=(0.5, 2.0))}), "full"),
+    ],
+)
+def test_the_level_is_that_of_the_finest_factor(multipliers: Multipliers, level: str) -> None:
+    assert multipliers.level == level
