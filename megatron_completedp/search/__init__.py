@@ -1,0 +1,1 @@
+"""The search for per-module hyperparameters on the proxy, as an Optuna study."""
