@@ -10,15 +10,17 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING, make_dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal, TypedDict, TypeVar, get_args, get_origin
 
 import tyro
 
-from megatron_completedp.config.load import build, read_yaml
+from megatron_completedp.config.load import build_run, read_run
 from megatron_completedp.config.run import RunConfig
 from megatron_completedp.config.schema import Entry, keys
+from megatron_completedp.config.tree import merge, read_yaml
 from megatron_completedp.errors import CompletedPError
 
 E = TypeVar("E")
@@ -69,19 +71,27 @@ def load_run(
 
     Arguments and errors as for `read_arguments`; a bad value raises ConfigError.
     """
-    tree, own = read_arguments(argv, RunConfig, prog=prog, description=description, extra=extra)
-    return build(RunConfig, tree), own
+    tree, own = read_arguments(
+        argv, RunConfig, prog=prog, description=description, extra=extra, read=read_run
+    )
+    return build_run(tree), own
 
 
 def read_arguments(
-    argv: Sequence[str], config: type, *, prog: str, description: str, extra: type[E]
+    argv: Sequence[str],
+    config: type,
+    *,
+    prog: str,
+    description: str,
+    extra: type[E],
+    read: Callable[[str | Path], dict[str, Any]] = read_yaml,
 ) -> tuple[dict[str, Any], E]:
     """The tree, not yet checked, from which `build` makes a `config`, and the command's own flags.
 
     `config` is a config dataclass; `extra` is a dataclass with the command's own flags. A flag
-    overrides the value in the YAML of `--config`, which overrides the default; only the merged
-    whole is to be checked. Usage errors and `--help` leave through SystemExit (2 and 0); a YAML
-    file that cannot be read raises ConfigError.
+    overrides the value in the YAML of `--config`, as `read` gives it, which overrides the default;
+    only the merged whole is to be checked. Usage errors and `--help` leave through SystemExit (2
+    and 0); a YAML file that cannot be read raises ConfigError.
     """
     arguments = make_dataclass(
         "Arguments",
@@ -93,21 +103,8 @@ def read_arguments(
         kw_only=True,
     )
     given: Any = tyro.cli(arguments, prog=prog, description=description, args=list(argv))
-    tree = {} if given.config is None else read_yaml(given.config)
+    tree = {} if given.config is None else read(given.config)
     return merge(tree, given.values), given.extra
-
-
-def merge(tree: Mapping[str, Any], flags: Mapping[str, Any]) -> dict[str, Any]:
-    """A new tree: `tree` with the values in `flags` put over it, section by section."""
-    merged = dict(tree)
-    for key, value in flags.items():
-        below = merged.get(key)
-        if not isinstance(value, Mapping):
-            merged[key] = value
-        # A section of the wrong type stays, for `build` to name.
-        elif value and (below is None or isinstance(below, Mapping)):
-            merged[key] = merge(below or {}, value)
-    return merged
 
 
 def run_command(command: Callable[[Sequence[str]], int]) -> int:
@@ -156,7 +153,9 @@ def _flag(entry: Entry, path: str) -> Any:
     the same in both places and a mistake gets the same message.
     """
     kind, metavar = entry.annotation, None
-    if get_origin(kind) is tuple:
+    if entry.from_file:
+        kind, metavar = str, "PATH"
+    elif get_origin(kind) is tuple:
         item = get_args(kind)[0]
         # An item that is a section of its own, such as a source, is named by one word of text.
         metavar = f"[{_METAVARS.get(item, item.__name__.upper())} ...]"

@@ -1,29 +1,29 @@
-"""Strict YAML to frozen dataclasses and back. No inheritance, no interpolation, no surprises.
-
-The steps are read (YAML to plain mappings), build (mappings to dataclasses, by annotation) and, for
-the run folder, write (dataclasses to YAML that builds to an equal config).
-"""
+"""A run from its YAML, with the recipe it names, and what makes two runs the same."""
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
-import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import MISSING, is_dataclass
-from enum import StrEnum
+from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, Literal, TypeVar, get_args, get_origin
+from typing import Any
 
-import yaml
-
+from megatron_completedp.config.recipe import apply_recipe, load_recipe
 from megatron_completedp.config.run import RunConfig
-from megatron_completedp.config.schema import entries, keys, leaf_paths
-from megatron_completedp.errors import ConfigError
+from megatron_completedp.config.tree import build, given_tree, read_yaml, to_tree, to_yaml
 
-T = TypeVar("T")
+__all__ = [
+    "NOT_THE_RUN",
+    "build",
+    "build_run",
+    "config_hash",
+    "identity",
+    "load_config",
+    "read_run",
+    "read_yaml",
+    "to_tree",
+    "to_yaml",
+]
 
 #: Where and how often, not what: two runs that differ only here make the same updates. (Those that
 #: differ in divergence do until a step goes wrong; a stopped run may then go on by another policy.)
@@ -39,110 +39,48 @@ NOT_THE_RUN = (
     "data.verify_hashes",
     "checkpoint",
     "logging",
+    "recipe",
 )
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """SafeLoader that refuses a key given twice, which plain YAML silently overwrites."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key_node, _ in node.value:
-            line = key_node.start_mark.line + 1
-            if key_node.tag == "tag:yaml.org,2002:merge":
-                raise ConfigError(
-                    f"line {line}: merge keys (<<) are not supported; a run is one plain file. "
-                    "Write the values out."
-                )
-            if key_node.value in seen:
-                raise ConfigError(f"line {line}: {key_node.value!r} is given twice; remove one.")
-            if isinstance(key_node, yaml.ScalarNode):
-                seen.add(key_node.value)
-        return super().construct_mapping(node, deep=deep)
-
-
-def read_yaml(path: str | Path) -> dict[str, Any]:
-    """The mapping in the YAML file at `path`, unchecked but for duplicate keys."""
-    try:
-        tree = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_StrictLoader)
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read the config {path}: {error}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from error
-    except ConfigError as error:
-        raise ConfigError(f"{path}, {error}") from error
-    if tree is None:
-        return {}
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path} holds {_show(tree)}; expected a mapping of sections.")
-    return tree
 
 
 def load_config(path: str | Path) -> RunConfig:
     """The run in the YAML file at `path`. Raises ConfigError naming the key at fault."""
-    return build(RunConfig, read_yaml(path))
+    return build_run(read_run(path))
 
 
-def build(cls: type[T], tree: object) -> T:
-    """An instance of the config dataclass `cls` from plain mappings, lists and scalars.
+def read_run(path: str | Path) -> dict[str, Any]:
+    """The tree of a run's YAML; a path under `recipe` is relative to that YAML's folder.
 
-    Raises ConfigError for unknown keys, missing keys and wrong types; the dataclass itself then
-    checks the values.
+    So the two can move together. As a flag the path is relative to the working directory.
     """
-    return _build(cls, tree, "", cls)
-
-
-def _build(cls: type[T], tree: object, path: str, root: type) -> T:
-    """`build` for the section `cls` that stands at `path` of the whole config `root`."""
-    if not isinstance(tree, Mapping):
-        raise ConfigError(
-            f"{path} is {_show(tree)}; expected a section with keys "
-            f"{', '.join(entry.name for entry in keys(cls))}. Remove it to get the defaults."
-        )
-    names = [entry.name for entry in keys(cls)]
-    for key in tree:
-        if key not in names:
-            raise ConfigError(_unknown_key(str(key), names, path, root))
-    missing = list(_missing(cls, tree, path))
-    if missing:
-        raise ConfigError(f"missing: {'; '.join(missing)}. Add to the YAML or give as flags.")
-    values = {}
-    for entry in entries(cls):
-        if entry.inline:
-            own = {key.name for key in keys(entry.annotation)}
-            part = {name: value for name, value in tree.items() if name in own}
-            values[entry.name] = _build(entry.annotation, part, path, root)
-        elif entry.name in tree:
-            value, where = tree[entry.name], _join(path, entry.name)
-            null = value is None and entry.optional
-            values[entry.name] = None if null else _convert(entry.annotation, value, where, root)
-    return cls(**values)
-
-
-def to_tree(config: object) -> dict[str, Any]:
-    """The plain mappings, lists and scalars from which `build` makes an equal config."""
-    tree: dict[str, Any] = {}
-    for entry in entries(type(config)):
-        value = getattr(config, entry.name)
-        if entry.inline:
-            tree.update(to_tree(value))
-        else:
-            tree[entry.name] = _plain(value)
+    tree = read_yaml(path)
+    if isinstance(tree.get("recipe"), str):
+        tree["recipe"] = str(Path(path).parent / tree["recipe"])
     return tree
 
 
-def to_yaml(config: object) -> str:
-    """YAML with every value of `config` written out; loading it gives an equal config."""
-    return str(yaml.safe_dump(to_tree(config), sort_keys=False))
+def build_run(tree: Mapping[str, Any]) -> RunConfig:
+    """The run of `tree`; where `recipe` is a path, the recipe's numbers are filled in.
+
+    A `recipe` that is a section says where the numbers came from that the file already holds: a
+    run's folder does not depend on the recipe's file. Raises ConfigError for a bad value, a recipe
+    that cannot be used, and a number given beside a recipe that says otherwise.
+    """
+    path = tree.get("recipe")
+    if not isinstance(path, str):
+        return build(RunConfig, tree)
+    recipe, origin = load_recipe(path)
+    config = build(RunConfig, apply_recipe(tree, recipe, origin))
+    recipe.check_model(config.model, path)
+    return config
 
 
 def identity(config: RunConfig, *leave_out: str) -> dict[str, Any]:
     """What decides the sequence of updates, as plain values; without the paths in `leave_out` too.
 
-    Left out: NOT_THE_RUN, and every value at its default. A field that a later version adds then
-    makes no other run of an old one, as long as its default does what was done before.
+    Left out: NOT_THE_RUN, and every value at its default.
     """
-    tree = _given(config)
+    tree = given_tree(config)
     for path in (*NOT_THE_RUN, *leave_out):
         *sections, name = path.split(".")
         parent = tree
@@ -155,137 +93,3 @@ def identity(config: RunConfig, *leave_out: str) -> dict[str, Any]:
 def config_hash(config: RunConfig) -> str:
     """sha256 over the identity of the run."""
     return hashlib.sha256(json.dumps(identity(config), sort_keys=True).encode()).hexdigest()
-
-
-def _given(config: object) -> dict[str, Any]:
-    """`to_tree` without the values that are at their defaults."""
-    tree: dict[str, Any] = {}
-    for entry in entries(type(config)):
-        value = getattr(config, entry.name)
-        if entry.inline:
-            tree.update(_given(value))
-        elif entry.default is MISSING or value != entry.default:
-            tree[entry.name] = _given(value) if is_dataclass(value) else _plain(value)
-    return tree
-
-
-def _missing(cls: type, tree: Mapping[str, Any], path: str) -> Iterator[str]:
-    """The required fields that `tree` lacks, with those of whole sections that it lacks."""
-    for entry in keys(cls):
-        where = _join(path, entry.name)
-        if entry.name in tree or entry.default is not MISSING:
-            continue
-        if entry.is_section:
-            yield from _missing(entry.annotation, {}, where)
-        else:
-            yield f"{where} ({entry.doc.rstrip('.')})"
-
-
-def _convert(annotation: Any, value: object, path: str, root: type) -> Any:
-    """`value` as `annotation` asks, or a ConfigError naming path, value and expected type."""
-    origin, arguments = get_origin(annotation), get_args(annotation)
-    if is_dataclass(annotation):
-        return _build(annotation, value, path, root)  # type: ignore[arg-type]
-    if origin is Literal:
-        return _one_of(arguments, value, path)
-    if isinstance(annotation, type) and issubclass(annotation, StrEnum):
-        return annotation(_one_of([str(member) for member in annotation], value, path))
-    if origin is tuple:
-        if not isinstance(value, list | tuple):
-            raise _wrong(path, value, "a list")
-        return tuple(
-            _convert(arguments[0], item, f"{path}[{index}]", root)
-            for index, item in enumerate(value)
-        )
-    if isinstance(origin, type) and issubclass(origin, Mapping):
-        return _convert_mapping(arguments[0], arguments[1], value, path, root)
-    return _convert_scalar(annotation, value, path)
-
-
-def _one_of(names: Sequence[str], value: object, path: str) -> str:
-    if isinstance(value, str) and value in names:
-        return value
-    raise _wrong(path, value, f"one of {', '.join(names)}")
-
-
-def _convert_mapping(
-    key_type: type[str], value_type: type, value: object, path: str, root: type
-) -> Mapping[str, Any]:
-    """A mapping whose keys are a StrEnum's members, or any text."""
-    if not isinstance(value, Mapping):
-        raise _wrong(path, value, "a mapping")
-    if issubclass(key_type, StrEnum):
-        names = [str(member) for member in key_type]
-        for key in value:
-            if key not in names:
-                raise ConfigError(_unknown_key(str(key), names, path, root))
-    return MappingProxyType(
-        {
-            key_type(key): _convert(value_type, item, _join(path, str(key)), root)
-            for key, item in value.items()
-        }
-    )
-
-
-def _convert_scalar(kind: type, value: object, path: str) -> bool | int | float | str:
-    if kind is bool:
-        if isinstance(value, bool):
-            return value
-        raise _wrong(path, value, "true or false")
-    if kind is str:
-        if isinstance(value, str):
-            return value
-        raise _wrong(path, value, "text (quote it if it is meant as text)")
-    number = _number(value)
-    if kind is int:
-        if number is not None and number == int(number):
-            return int(number)
-        raise _wrong(path, value, "a whole number")
-    assert kind is float, f"config field {path} has an unsupported type {kind}"
-    if number is not None:
-        return float(number)
-    raise _wrong(path, value, "a finite number")
-
-
-def _number(value: object) -> int | float | None:
-    """A finite number, also from text: YAML 1.1 reads 3e-3 and 1.6e9 as strings."""
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
-        return None
-    for kind in (int, float):
-        try:
-            number = kind(value) if isinstance(value, str) else value
-        except ValueError:
-            continue
-        return number if math.isfinite(number) else None
-    return None
-
-
-def _plain(value: object) -> Any:
-    if is_dataclass(value):
-        return to_tree(value)
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, tuple):
-        return [_plain(item) for item in value]
-    return str(value) if isinstance(value, StrEnum) else value
-
-
-def _unknown_key(key: str, names: list[str], path: str, root: type) -> str:
-    """The message for a key that is not among `names` of the section at `path` of `root`."""
-    near = [_join(path, name) for name in difflib.get_close_matches(key, names)]
-    # A right name in the wrong section is as common as a misspelt one.
-    near += [leaf for leaf in leaf_paths(root) if leaf.split(".")[-1] == key]
-    hint = f"did you mean {' or '.join(near)}?" if near else f"expected one of {', '.join(names)}."
-    return f"unknown key {_join(path, key)}; {hint}"
-
-
-def _wrong(path: str, value: object, expected: str) -> ConfigError:
-    return ConfigError(f"{path} is {_show(value)}; expected {expected}.")
-
-
-def _show(value: object) -> str:
-    return "null" if value is None else f"{value!r} ({type(value).__name__})"
-
-
-def _join(path: str, name: str) -> str:
-    return f"{path}.{name}" if path else name

@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from megatron_completedp.config.parallel import ParallelConfig, check_layout
-from megatron_completedp.config.schema import INLINE
+from megatron_completedp.config.schema import FROM_FILE, INLINE
 from megatron_completedp.config.sections import (
     CheckpointConfig,
     DataConfig,
     DivergenceConfig,
     EvalConfig,
     LoggingConfig,
+    RecipeOrigin,
     TrainingConfig,
 )
 from megatron_completedp.core.hyperparams import BaseHyperparams
@@ -31,6 +32,8 @@ class RunConfig:
     """Folder of the run: resolved config, metrics.jsonl, checkpoints."""
     seed: int = 1234
     """Seeds the initial weights and the order of the data."""
+    recipe: RecipeOrigin | None = field(default=None, metadata=FROM_FILE)
+    """File of a search's result: it brings the rules, base, hyperparams and multipliers."""
     rules: Rules = field(default_factory=Rules, metadata=INLINE)
     """Parametrization and its switches; their keys stand at the top level of the file."""
     base: Scale | None = None

@@ -17,6 +17,9 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 #: Metadata of a section whose keys stand in the parent's mapping instead of one of their own.
 INLINE: MappingProxyType[str, Any] = MappingProxyType({"inline": True})
 
+#: Metadata of a section that users give as the path of a file; read, it is written out.
+FROM_FILE: MappingProxyType[str, Any] = MappingProxyType({"from_file": True})
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -34,11 +37,13 @@ class Entry:
     """The string under the field."""
     inline: bool
     """A section whose keys stand in the parent's mapping."""
+    from_file: bool
+    """A section given as the path of a file."""
 
     @property
     def is_section(self) -> bool:
-        """Whether the value is a mapping with fields of its own."""
-        return is_dataclass(self.annotation)
+        """Whether the value is given as a mapping with fields of its own."""
+        return is_dataclass(self.annotation) and not self.from_file
 
 
 def entries(cls: type) -> tuple[Entry, ...]:
@@ -58,6 +63,7 @@ def entries(cls: type) -> tuple[Entry, ...]:
                 default=default,
                 doc=docs.get(item.name, ""),
                 inline=bool(item.metadata.get("inline")),
+                from_file=bool(item.metadata.get("from_file")),
             )
         )
     return tuple(found)

@@ -6,7 +6,27 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from megatron_completedp.core.multipliers import Level
 from megatron_completedp.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecipeOrigin:
+    """The recipe from which a run has its rules, base, hyperparameters and multipliers."""
+
+    path: str
+    """Where its file was."""
+    level: Level
+    """How fine its multipliers are."""
+    sha256: str
+    """Of its contents."""
+    hand_written: bool = False
+    """Its file had no hash that could have told whether it was changed."""
+
+    def __str__(self) -> str:
+        """One line for plans and logs."""
+        unsure = "; written by hand: its file has no hash" if self.hand_written else ""
+        return f"recipe {self.path} (level {self.level}, sha256 {self.sha256[:12]}{unsure})"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,8 +17,9 @@ Print what a run will train with: for every module the base value, each factor o
 profile, m_N, m_L, m_B, m_D) and the result, then the residual multipliers and the budget. Needs
 neither torch nor a GPU.
 
-Example:
+Examples:
   python -m megatron_completedp.plan --config run.yaml --num-layers 48 --json
+  python -m megatron_completedp.plan --config run.yaml --recipe recipe.yaml
 """
 
 

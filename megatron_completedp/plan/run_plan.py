@@ -33,4 +33,5 @@ class Plan:
 
     def __str__(self) -> str:
         """The tables that `python -m megatron_completedp.plan` prints."""
-        return render_plan(self.resolved, self.budget)
+        tables = render_plan(self.resolved, self.budget)
+        return f"{self.config.recipe}\n{tables}" if self.config.recipe else tables

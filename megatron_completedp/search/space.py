@@ -111,7 +111,8 @@ class Space:
 
         A dimension that `point` leaves out stays at 0, and at 0 every number stays bit for bit as
         it was. Profiles are taken relative to their mean over the layers, so that their geometric
-        mean stays 1. Raises ConfigError for a name that is no dimension and a value out of bounds.
+        mean stays 1. The result names no recipe, even where `config` did: its numbers are others.
+        Raises ConfigError for a name that is no dimension and a value out of bounds.
         """
         self._check(point)
         tree = _tree(point)
@@ -126,6 +127,7 @@ class Space:
         residuals = {name: tree[name] for name in RESIDUALS if name in tree}
         return replace(
             config,
+            recipe=None,
             hyperparams=_scaled_base(config, tree.get("hyperparams", {})),
             multipliers=replace(
                 _scaled(multipliers, residuals),

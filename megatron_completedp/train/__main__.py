@@ -26,9 +26,10 @@ SIGTERM, SIGUSR1 or Ctrl-C to any rank: finish the step, save, leave the file `r
 once. torchrun forwards SIGTERM and Ctrl-C, and kills after --shutdown-timeout (30 s unless set);
 SIGUSR1 ends torchrun itself unless it is in --signals-to-handle.
 
-Example:
+Examples:
   torchrun --nproc-per-node 2 -m megatron_completedp.train --config run.yaml \\
       --tensor-model-parallel-size 2
+  python -m megatron_completedp.train --config run.yaml --recipe recipe.yaml
 """
 
 #: How much sooner rank 0 reports an error than the others: the skew of their start, with room.

@@ -64,6 +64,8 @@ def _start(
         run_folder.write_plan(folder, config, plan.resolved, plan.budget)
     dist.barrier()
     logger.info("%s; %d ranks", platform.describe(), state.world_size)
+    if config.recipe:
+        logger.info("%s", config.recipe)
     datasets = build_datasets(
         config.data,
         tokenizer=tokenizer,

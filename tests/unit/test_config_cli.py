@@ -10,9 +10,10 @@ import pytest
 import yaml
 from config_samples import small_tree
 
-from megatron_completedp.config.cli import MEGATRON_FLAGS, load_run, merge, run_command
+from megatron_completedp.config.cli import MEGATRON_FLAGS, load_run, run_command
 from megatron_completedp.config.run import RunConfig
 from megatron_completedp.config.schema import leaf_paths
+from megatron_completedp.config.tree import merge
 from megatron_completedp.errors import ConfigError, DataError
 
 

@@ -112,7 +112,7 @@ def test_wrong_type_inside_a_list_names_the_position() -> None:
         ("depht_alpha", "unknown key depht_alpha; did you mean depth_alpha?"),
         # Right name, wrong section.
         ("lr", "unknown key lr; did you mean hyperparams.lr?"),
-        ("rules", "unknown key rules; expected one of run_dir, seed, parametrization,"),
+        ("rules", "unknown key rules; expected one of run_dir, seed, recipe, parametr"),
         ("model.zzz", "unknown key model.zzz; expected one of num_layers, hidden_size"),
         ("multipliers.types.quey", "unknown key multipliers.types.quey; expected one of embedding"),
         ("multipliers.types.q.lr_mul", "did you mean multipliers.types.q.lr_mult?"),

@@ -140,7 +140,8 @@ SECTIONS = _dataclasses_below(RunConfig)
 def test_sections_are_frozen_and_small(cls: type) -> None:
     assert cls.__dataclass_params__.frozen  # type: ignore[attr-defined]
     assert all(field.kw_only for field in dataclasses.fields(cls))
-    assert len(dataclasses.fields(cls)) <= 15
+    # The run itself is the list of its sections, no more.
+    assert len(dataclasses.fields(cls)) <= 15 or cls is RunConfig
 
 
 @pytest.mark.parametrize("cls", SECTIONS, ids=lambda cls: cls.__name__)
