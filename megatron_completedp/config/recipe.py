@@ -185,18 +185,24 @@ def save_recipe(path: str | Path, recipe: Recipe) -> None:
             "another path, or remove the file."
         )
     text = f"version: {VERSION}\n{to_yaml(recipe)}hash: {recipe.sha256}\n"
-    temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        _write_whole(path, text)
+    except OSError as error:
+        raise ConfigError(
+            f"the recipe cannot be written to {path}: {error}. Choose a path that you may write to."
+        ) from error
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """Write under a temporary name, bring it to the disk, and rename it."""
+    temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
+    try:
         with temporary.open("w", encoding="utf-8") as stream:
             stream.write(text)
             stream.flush()
             os.fsync(stream.fileno())
         temporary.replace(path)
-    except OSError as error:
-        raise ConfigError(
-            f"the recipe cannot be written to {path}: {error}. Choose a path that you may write to."
-        ) from error
     finally:
         temporary.unlink(missing_ok=True)
 
