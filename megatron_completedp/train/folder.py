@@ -11,9 +11,9 @@ from megatron_completedp.config.load import config_hash, load_config, to_yaml
 from megatron_completedp.config.run import RunConfig
 from megatron_completedp.core.budget import Budget
 from megatron_completedp.core.hyperparams import Resolved
-from megatron_completedp.core.render import render_plan
 from megatron_completedp.data.atomic import atomic_write
 from megatron_completedp.errors import ConfigError
+from megatron_completedp.plan.run_plan import Plan
 
 CONFIG_FILE = "config.yaml"
 PLAN_JSON = "plan.json"
@@ -78,7 +78,7 @@ def write_plan(folder: Path, config: RunConfig, resolved: Resolved, budget: Budg
         _replace(kept, written.read_text(encoding="utf-8"))
     _replace(written, to_yaml(config))
     _replace(folder / PLAN_JSON, json.dumps(resolved.as_json(), indent=1))
-    _replace(folder / PLAN_TEXT, render_plan(resolved, budget) + "\n")
+    _replace(folder / PLAN_TEXT, f"{Plan(config, resolved, budget)}\n")
 
 
 def ask_for_requeue(folder: Path, message: str) -> None:

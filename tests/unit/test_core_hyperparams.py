@@ -11,7 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_completedp.core.hyperparams import BaseHyperparams, resolve
-from megatron_completedp.core.multipliers import DepthProfiles, ModuleMultipliers, Multipliers
+from megatron_completedp.core.multipliers import (
+    DepthProfiles,
+    LayerProfiles,
+    ModuleMultipliers,
+    Multipliers,
+)
 from megatron_completedp.core.ratios import Ratios
 from megatron_completedp.core.roles import GAIN_ROLES, Module
 from megatron_completedp.core.tables import PARAMETRIZATIONS, Rules
@@ -154,6 +159,22 @@ def test_a_value_is_base_times_type_times_depth_times_rule() -> None:
     assert branch.mlp == pytest.approx(0.75 / math.sqrt(2), rel=RELATIVE)
 
 
+def test_a_module_may_have_a_profile_of_its_own() -> None:
+    """It multiplies the shared one, moves with it, and shows in the depth factor."""
+    own = LayerProfiles(lr_mult=(0.25, 4.0))
+    multipliers = Multipliers(depth=DepthProfiles(lr_mult=(0.5, 2.0)), layers={Module.Q: own})
+    resolved = resolve_small(multipliers=multipliers)
+    assert resolved.get(Module.Q, 0).factors["lr"].depth == 0.125
+    assert resolved.get(Module.Q, 1).lr == 3e-3 * 8.0
+    assert resolved.get(Module.K, 1).lr == 3e-3 * 2.0
+    deeper = resolve(
+        replace(SMALL, num_layers=8), Ratios(m_L=4), Rules(), BaseHyperparams(lr=1.0), multipliers
+    )
+    # As by hand in test_core_multipliers: 8 layers read 2 at -1, -1, -3/4, -1/4, ... log2 steps.
+    logs = [math.log2(deeper.get(Module.Q, layer).factors["lr"].depth) for layer in range(8)]
+    assert logs == pytest.approx([-3, -3, -2.25, -0.75, 0.75, 2.25, 3, 3], rel=RELATIVE)
+
+
 def test_every_module_of_every_layer_once() -> None:
     resolved = resolve_small()
     places = [(entry.module, entry.layer) for entry in resolved.modules]
@@ -270,6 +291,15 @@ def test_multipliers_of_a_missing_module_are_refused(shape: object, module: Modu
     multipliers = Multipliers(types={module: ModuleMultipliers(lr_mult=2.0)})
     with pytest.raises(ConfigError, match=f"names {module}, which this model lacks; its modules"):
         resolve(shape, Ratios(), Rules(parametrization="sp"), BaseHyperparams(lr=1e-3), multipliers)
+
+
+def test_layers_of_a_missing_module_are_refused() -> None:
+    shape = replace(SMALL, activation="gelu")
+    multipliers = Multipliers(layers={Module.GATE: LayerProfiles(lr_mult=(0.5, 2.0))})
+    with pytest.raises(
+        ConfigError, match=r"multipliers\.layers names gate, which this model lacks"
+    ):
+        resolve(shape, Ratios(), Rules(), BaseHyperparams(lr=1e-3), multipliers)
 
 
 @pytest.mark.parametrize(
