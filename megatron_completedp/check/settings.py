@@ -25,10 +25,9 @@ def load_settings(
         argv,
         prog=f"{PROG} {name}",
         description=description,
-        default_out=f"runs/checks/{name}",
         extra=settings.OutFlag,
     )
-    return found, out
+    return found, out or Path(f"runs/checks/{name}")
 
 
 def command_line() -> str:

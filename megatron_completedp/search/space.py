@@ -26,7 +26,7 @@ from megatron_completedp.core.roles import GAIN_ROLES, MODULE_ROLES, OUTSIDE_STA
 from megatron_completedp.errors import ConfigError
 
 if TYPE_CHECKING:
-    from optuna.distributions import BaseDistribution
+    from optuna.distributions import FloatDistribution
 
 P = TypeVar("P", bound=LayerProfiles)
 S = TypeVar("S", ModuleMultipliers, Multipliers, BaseHyperparams)
@@ -100,7 +100,7 @@ class Space:
         bounds = {dimension.name: [dimension.low, dimension.high] for dimension in self.dimensions}
         return {"level": self.level, "bounds": bounds}
 
-    def distributions(self) -> dict[str, BaseDistribution]:
+    def distributions(self) -> dict[str, FloatDistribution]:
         """For Optuna: a float between its bounds by name."""
         from optuna.distributions import FloatDistribution
 

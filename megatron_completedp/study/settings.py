@@ -32,11 +32,10 @@ def load_study(
     *,
     prog: str,
     description: str,
-    default_out: str,
     extra: type[E],
     paths: Sequence[str] = ("run",),
-) -> tuple[T, Path, E]:
-    """The settings of a study, its output folder and the command's own flags, as `argv` has them.
+) -> tuple[T, Path | None, E]:
+    """The settings of a study, its output folder if given, and the command's own flags.
 
     Flags override the YAML of `--config`, which overrides the defaults. Under the keys `paths` the
     YAML has paths relative to its own folder, so that the files can move together; as a flag they
@@ -46,10 +45,11 @@ def load_study(
     tree, flags = read_arguments(argv, cls, prog=prog, description=description, extra=extra)
     for key in paths:
         _resolve(tree, argv, key)
-    out = tree.pop("out", default_out)
-    if not isinstance(out, str):
+    out = tree.pop("out", None)
+    if out is not None and not isinstance(out, str):
         raise ConfigError(f"out is {out!r}; expected the path of a folder.")
-    return build(cls, tree), Path(flags.out or out), flags
+    out = flags.out or out
+    return build(cls, tree), Path(out) if out else None, flags
 
 
 def _resolve(tree: dict[str, Any], argv: Sequence[str], key: str) -> None:

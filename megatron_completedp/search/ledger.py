@@ -1,0 +1,95 @@
+"""What a search has cost: FLOPs and device-seconds, by try and in all, however a try ended."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from optuna.trial import FrozenTrial, TrialState
+
+#: What became of a try, in the order in which they are listed.
+ENDS = ("finished", "diverged", "pruned", "stopped", "lost", "running", "waiting")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One try of one trial."""
+
+    number: int
+    """Of the trial in the study."""
+    end: str
+    """One of ENDS."""
+    flops: float
+    """6 x parameters x the tokens that this try trained on."""
+    device_seconds: float
+    """Its seconds times its ranks: start-up, evaluation and reading of data included."""
+    worker: str
+    """Name of the worker that had it; empty before one has."""
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """Every try of a search."""
+
+    entries: tuple[Entry, ...]
+
+    @classmethod
+    def of(cls, trials: Sequence[FrozenTrial], *, ranks: int) -> Ledger:
+        """From a study's trials. A try still running costs nothing yet."""
+        return cls(tuple(_entry(trial, ranks) for trial in trials))
+
+    @property
+    def flops(self) -> float:
+        """Of all tries, those repeated, diverged and stopped early included."""
+        return sum(entry.flops for entry in self.entries)
+
+    @property
+    def device_seconds(self) -> float:
+        """Of all tries."""
+        return sum(entry.device_seconds for entry in self.entries)
+
+    def count(self, end: str) -> int:
+        """How many tries ended so."""
+        return sum(entry.end == end for entry in self.entries)
+
+    def as_json(self, *, target_flops: float | None = None) -> dict[str, Any]:
+        """Plain data for reports; `target_flops` are those of the run that the search is for."""
+        found: dict[str, Any] = {
+            "tries": {end: self.count(end) for end in ENDS if self.count(end)},
+            "flops": self.flops,
+            "device_seconds": self.device_seconds,
+        }
+        if target_flops is not None:
+            found["target_flops"] = target_flops
+            found["share_of_target"] = self.flops / target_flops
+        return found
+
+
+def _entry(trial: FrozenTrial, ranks: int) -> Entry:
+    attributes = trial.user_attrs
+    return Entry(
+        number=trial.number,
+        end=end_of(trial),
+        flops=float(attributes.get("flops", 0.0)),
+        device_seconds=ranks * _seconds(trial),
+        worker=str(attributes.get("worker", "")),
+    )
+
+
+def end_of(trial: FrozenTrial) -> str:
+    """Which of ENDS a trial came to."""
+    if trial.state == TrialState.COMPLETE:
+        return "diverged" if trial.user_attrs.get("diverged") else "finished"
+    if trial.state == TrialState.FAIL:
+        return "stopped" if trial.user_attrs.get("stopped") else "lost"
+    return trial.state.name.lower()
+
+
+def _seconds(trial: FrozenTrial) -> float:
+    if "seconds" in trial.user_attrs:
+        return float(trial.user_attrs["seconds"])
+    # A worker that was lost without a trace: up to when its trial was given to another.
+    if trial.datetime_start and trial.datetime_complete:
+        return (trial.datetime_complete - trial.datetime_start).total_seconds()
+    return 0.0

@@ -1,0 +1,206 @@
+"""Which trial a worker gets next: a new one, or one whose worker was stopped, killed or lost.
+
+A worker holds the lock of its trial (in the output folder) until the trial has its result. The lock
+goes with the process, so whoever asks next sees at once that a trial has nobody left; where a lock
+outlives its machine, the study's heartbeats say it. Such a trial fails, and another repeats it:
+same point, same folder. All that is decided is in the study, and a decision that was interrupted
+is taken again.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.exceptions import ExperimentalWarning, UpdateFinishedTrialError
+from optuna.storages import RDBStorage
+from optuna.trial import FrozenTrial, TrialState
+
+from megatron_completedp.data.claims import claim
+from megatron_completedp.search.objective import Cost, Facts, Objective, last_step
+from megatron_completedp.search.trust_region import REPLICATE
+from megatron_completedp.train.folder import METRICS_FILE
+
+logger = logging.getLogger(__name__)
+
+#: Optuna's names, which its samplers and dashboard know, for a trial that repeats another.
+FIRST_TRY, EARLIER_TRIES = "failed_trial", "retry_history"
+
+#: User attribute: a signal ended this try, and its run was saved. It counts for no retry.
+STOPPED = "stopped"
+#: User attribute: name of the trial's run folders.
+FOLDER = "folder"
+#: User attributes of a try that are not its repetition's.
+OF_ONE_TRY = {STOPPED, "worker", "seconds", "steps", "tokens", "flops"}
+
+
+@dataclass(frozen=True)
+class Taken:
+    """A trial to train."""
+
+    trial: optuna.Trial
+    name: str
+    """Of its run folders."""
+    replicate: int
+    """Which run of its point this is."""
+
+
+@dataclass(frozen=True)
+class Queue:
+    """The trials of one study, as one worker sees them."""
+
+    study: optuna.Study
+    storage: RDBStorage
+    sampler: Callable[[int], optuna.samplers.BaseSampler]
+    """Who proposes the trial of a slot: its place among those that repeat no other."""
+    objective: Objective
+    out: Path
+    trials: int
+    """To be begun, repetitions left out."""
+    retries: int
+    """Of a trial whose workers died."""
+    worker: str
+
+    def take(self, held: ExitStack) -> Taken | None:
+        """The next trial, its lock entered into `held`; None while there is none to begin.
+
+        May be called again after a failure of the database.
+        """
+        with claim(self.out / "claims" / "ask", wait=True):
+            trials = self._repaired()
+            waiting = [trial for trial in trials if trial.state == TrialState.WAITING]
+            if not waiting and begun(trials) >= self.trials:
+                return None
+            first = waiting[0].system_attrs.get(FIRST_TRY) if waiting else None
+            self.study.sampler = self.sampler(begun(trials[:first]))
+            with warnings.catch_warnings():
+                # Ours are written by `heartbeat`; Optuna only knows its own loop's.
+                warnings.filterwarnings("ignore", message="Heartbeat of storage")
+                trial = self.study.ask({**self.objective.space.distributions()})
+            trial.set_user_attr("worker", self.worker)
+            # Last: where anything above fails, the trial has no lock, and is repeated.
+            held.enter_context(claim(self._lock(trial.number), wait=True))
+        return Taken(trial, _folder(trial), trial.user_attrs.get(REPLICATE, 0))
+
+    def finished(self) -> bool:
+        """Whether every trial has ended, so that no worker will be needed again."""
+        with claim(self.out / "claims" / "ask", wait=True):
+            trials = self._repaired()
+        return begun(trials) >= self.trials and all(t.state.is_finished() for t in trials)
+
+    def complete(self, taken: Taken, facts: Facts) -> None:
+        """Enter the result. May be called again after a failure of the database."""
+        self._end(taken, asdict(facts), value=self.objective.value(facts))
+
+    def give_back(self, taken: Taken, cost: Cost | None = None) -> None:
+        """A signal or an error ended the try; whoever asks next goes on with its run."""
+        self._end(taken, {STOPPED: True, **(asdict(cost) if cost else {})}, value=None)
+
+    def _end(self, taken: Taken, attributes: Mapping[str, Any], *, value: float | None) -> None:
+        trial = taken.trial
+        try:
+            for name, item in attributes.items():
+                trial.set_user_attr(name, item)
+            state = TrialState.FAIL if value is None else None
+            self.study.tell(trial, value, state=state, skip_if_finished=True)
+        except UpdateFinishedTrialError:
+            # Ended before: by this call, whose answer was lost, or as its heartbeats were.
+            logger.warning("trial %d had ended already; another may repeat it", trial.number)
+
+    def _lock(self, number: int) -> Path:
+        return self.out / "claims" / f"trial-{number}"
+
+    def _repaired(self) -> Sequence[FrozenTrial]:
+        """All trials, once those without a worker are failed, and the failed ones repeated.
+
+        Under the claim on asking.
+        """
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ExperimentalWarning)
+            optuna.storages.fail_stale_trials(self.study)
+        for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+            with claim(self._lock(trial.number), wait=False) as free:
+                if free:
+                    self._fail(trial)
+        trials = self.study.get_trials(deepcopy=False)
+        repeated = {number for trial in trials for number in _earlier(trial)}
+        left = [
+            trial
+            for trial in trials
+            if trial.state == TrialState.FAIL
+            and trial.number not in repeated
+            and self._may_repeat(trial, trials)
+        ]
+        for trial in left:
+            self._repeat(trial)
+        return self.study.get_trials(deepcopy=False) if left else trials
+
+    def _fail(self, trial: FrozenTrial) -> None:
+        """End a trial whose worker is gone, with what its try cost as far as its folder tells."""
+        with suppress(UpdateFinishedTrialError):  # its worker did, between our look and our lock
+            for name, item in asdict(self._cost_of_dead(trial)).items():
+                self.storage.set_trial_user_attr(trial._trial_id, name, item)
+            self.storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
+            logger.warning(
+                "trial %d lost its worker, %s", trial.number, trial.user_attrs.get("worker", "new")
+            )
+
+    def _cost_of_dead(self, trial: FrozenTrial) -> Cost:
+        """Steps in the folder that no earlier try reported, and seconds up to its last metrics."""
+        replicate = trial.user_attrs.get(REPLICATE, 0)
+        runs = self.objective.configs(trial.params, name=_folder(trial), replicate=replicate)
+        configs = [config for _, config in runs]
+        earlier = [self.study.trials[number].user_attrs for number in _earlier(trial)]
+        kept = sum(attributes.get("steps", 0) for attributes in earlier if attributes.get(STOPPED))
+        steps = sum(last_step(config) for config in configs) - kept
+        files = [Path(config.run_dir) / METRICS_FILE for config in configs]
+        ended = max((file.stat().st_mtime for file in files if file.exists()), default=0.0)
+        begun_at = trial.datetime_start.timestamp() if trial.datetime_start else ended
+        return self.objective.cost(max(steps, 0), max(ended - begun_at, 0.0))
+
+    def _may_repeat(self, trial: FrozenTrial, trials: Sequence[FrozenTrial]) -> bool:
+        """Whether fewer tries of it than `retries` + 1 died; stopped ones do not count."""
+        tries = [trial, *(trials[number] for number in _earlier(trial))]
+        return sum(not each.user_attrs.get(STOPPED) for each in tries) <= self.retries
+
+    def _repeat(self, trial: FrozenTrial) -> None:
+        """Enqueue the repetition of a failed trial."""
+        earlier = [*_earlier(trial), trial.number]
+        kept = {key: v for key, v in trial.user_attrs.items() if key not in OF_ONE_TRY}
+        with claim(self._lock(trial.number), wait=False) as free:
+            # Whoever was lost without losing its lock may still write into its folder.
+            name = _folder(trial) if free else f"{_folder(trial)}-again{len(earlier)}"
+        self.study.add_trial(
+            optuna.trial.create_trial(
+                state=TrialState.WAITING,
+                params=trial.params,
+                distributions=trial.distributions,
+                user_attrs={**kept, FOLDER: name},
+                system_attrs={
+                    **trial.system_attrs,
+                    FIRST_TRY: earlier[0],
+                    EARLIER_TRIES: earlier,
+                },
+            )
+        )
+        logger.info("trial %d is repeated, from its folder %s", trial.number, name)
+
+
+def begun(trials: Sequence[FrozenTrial]) -> int:
+    """How many trials there are without repetitions."""
+    return sum(FIRST_TRY not in trial.system_attrs for trial in trials)
+
+
+def _earlier(trial: FrozenTrial) -> list[int]:
+    """Numbers of the tries that this trial repeats, the first one first."""
+    return list(trial.system_attrs.get(EARLIER_TRIES, ()))
+
+
+def _folder(trial: FrozenTrial | optuna.Trial) -> str:
+    return str(trial.user_attrs.get(FOLDER, f"{trial.number:04d}"))

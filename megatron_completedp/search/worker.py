@@ -1,0 +1,237 @@
+"""A worker of a search: takes trials, trains them, enters what they found, until all have ended.
+
+Any number of workers, on any number of machines, may come and go; they share the study's database
+and the output folder.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from ctypes import c_bool
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing.sharedctypes import RawValue
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+from optuna.exceptions import StorageInternalError
+from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy.exc import SQLAlchemyError
+
+from megatron_completedp.config.load import build, load_config, to_tree
+from megatron_completedp.data.claims import claim
+from megatron_completedp.errors import CompletedPError
+from megatron_completedp.search.objective import Facts, Objective
+from megatron_completedp.search.queue import Queue, Taken
+from megatron_completedp.search.samplers import make_sampler
+from megatron_completedp.search.settings import SearchSettings, database_url
+from megatron_completedp.search.space import Space
+from megatron_completedp.search.storage import connect, heartbeat, open_study, persist
+from megatron_completedp.study.crew import (
+    POLL_S,
+    Crew,
+    Stop,
+    StudyStopped,
+    environment,
+    stopping,
+    visible_devices,
+    worker_count,
+)
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Search:
+    """A search and its folder."""
+
+    settings: SearchSettings
+    out: Path
+
+    def objective(self) -> Objective:
+        """The runs of its trials. Raises ConfigError for a base run that cannot be searched."""
+        return Objective.of(self.settings, load_config(self.settings.run), self.out)
+
+    def join(self, worker: str, stop: Stop) -> Queue:
+        """The trials of the study, which is made if it does not exist, for the worker of this name.
+
+        Raises ConfigError for a study that is another search, DatabaseUnreachable for none.
+        """
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        settings, objective = self.settings, self.objective()
+        proposals = {
+            "sampler": settings.sampler,
+            "options": dict(settings.sampler_options),
+            "seed": settings.seed,
+        }
+        identity = {**objective.identity, "proposals": proposals}
+
+        self.out.mkdir(parents=True, exist_ok=True)
+
+        def enter() -> Queue:
+            storage = connect(database_url(settings, self.out), settings.database)
+            study = open_study(storage, settings.name, self.out, identity=identity)
+            return Queue(
+                study=study,
+                storage=storage,
+                sampler=_sampler(settings, objective.space),
+                objective=objective,
+                out=self.out,
+                trials=settings.trials,
+                retries=settings.retries,
+                worker=worker,
+            )
+
+        return persist(enter, settings.database, stop)
+
+
+def run(search: Search) -> None:
+    """Train the search's trials by workers of this machine, until the last one has ended.
+
+    A worker that is killed is replaced. Main thread only. Raises StudyStopped when a signal came,
+    CompletedPError for what a worker raised.
+    """
+    settings = search.settings
+    stop: Stop = RawValue(c_bool, False)
+    with stopping(stop):
+        queue = search.join("parent", stop)
+    devices = visible_devices(queue.objective.base)
+    workers = worker_count(settings.workers, ranks=settings.ranks, devices=devices)
+    logger.info("%d trials, %d at a time; logs in %s", settings.trials, workers, search.out)
+    crew = Crew(
+        # Plain data: the settings' read-only mappings cannot be pickled.
+        work=partial(_crew_member, to_tree(settings), search.out),
+        logs=search.out / "logs",
+        workers=workers,
+        ranks=settings.ranks,
+        devices=devices,
+        patience=workers * (settings.retries + 1),
+    )
+    crew.run(_Progress(queue).look)
+
+
+def work(search: Search) -> None:
+    """Be one worker, in this process and with the GPUs that it sees, until every trial has ended.
+
+    Main thread only. Raises StudyStopped when a signal came.
+    """
+    stop: Stop = RawValue(c_bool, False)
+    name = f"{os.uname().nodename}-{os.getpid()}"
+    ranks = search.settings.ranks
+    with environment(ranks=ranks, number=0, devices=()), stopping(stop, passes_on=True):
+        _work(search, name, stop)
+    if stop.value:
+        raise StudyStopped("stopped by a signal; start the same command again to go on.")
+
+
+def _crew_member(tree: Mapping[str, Any], out: Path, *, number: int, stop: Stop) -> None:
+    """Worker `number` of `run`, after one that an earlier `run` left behind here has gone."""
+    search = Search(build(SearchSettings, tree), out)
+    name = f"{os.uname().nodename}-{number}"
+    with ExitStack() as held:
+        while not held.enter_context(claim(search.out / "claims" / name, wait=False)):
+            if stop.value:
+                return
+            time.sleep(POLL_S / 4)
+        _work(search, name, stop)
+
+
+def _work(search: Search, name: str, stop: Stop) -> None:
+    database = search.settings.database
+    queue = search.join(name, stop)
+    while not stop.value:
+        with ExitStack() as held:
+            taken = persist(lambda: queue.take(held), database, stop)
+            if taken is not None:
+                _train(queue, taken, search, stop)
+                continue
+        if persist(queue.finished, database, stop):
+            return
+        time.sleep(POLL_S)
+
+
+def _train(queue: Queue, taken: Taken, search: Search, stop: Stop) -> None:
+    """Train one trial and enter its result, or give it back."""
+    trial, database = taken.trial, search.settings.database
+    try:
+        with heartbeat(queue.storage, trial._trial_id):
+            found = queue.objective.train(trial.params, name=taken.name, replicate=taken.replicate)
+    except CompletedPError:
+        persist(lambda: queue.give_back(taken), database, stop)
+        raise
+    if isinstance(found, Facts):
+        persist(lambda: queue.complete(taken, found), database, stop)
+        logger.info("trial %d: %.4f", trial.number, queue.objective.value(found))
+    else:
+        stop.value = True  # the signal may have come to this process alone
+        persist(lambda: queue.give_back(taken, found), database)
+
+
+def _sampler(
+    settings: SearchSettings, space: Space
+) -> Callable[[int], optuna.samplers.BaseSampler]:
+    """The sampler for the trial of a slot.
+
+    Ours draws by slot itself, and a Sobol sequence is one for all trials. The others carry random
+    numbers from one proposal to the next; they are made anew for each trial, with a seed of its
+    own, so that a search goes on after a restart as without one, and no two workers draw the same.
+    """
+    kept: dict[int, optuna.samplers.BaseSampler] = {}
+
+    def of(slot: int) -> optuna.samplers.BaseSampler:
+        one = settings.sampler in ("trust_region", "qmc")
+        seed = settings.seed
+        if not one:
+            seed = int(np.random.SeedSequence([seed, slot]).generate_state(1)[0])
+        if seed not in kept:
+            kept.clear()
+            kept[seed] = make_sampler(
+                settings.sampler,
+                seed=seed,
+                space=space.distributions(),
+                radius={item.name: item.radius for item in space.dimensions},
+                settings=settings.sampler_options,
+            )
+        return kept[seed]
+
+    return of
+
+
+class _Progress:
+    """What the parent logs: each trial that has ended since it last looked."""
+
+    def __init__(self, queue: Queue) -> None:
+        self._queue = queue
+        self._seen = {trial.number for trial in self._ended()}
+
+    def look(self) -> bool:
+        """Whether a trial has ended; not known while the database is away."""
+        try:
+            ended = self._ended()
+        except (SQLAlchemyError, StorageInternalError):
+            return False
+        new = [trial for trial in ended if trial.number not in self._seen]
+        for trial in new:
+            self._seen.add(trial.number)
+            count = sum(each.state != TrialState.FAIL for each in ended)
+            logger.info("%d of %d: trial %d %s", count, self._queue.trials, *_line(trial))
+        return bool(new)
+
+    def _ended(self) -> list[FrozenTrial]:
+        trials = self._queue.study.get_trials(deepcopy=False)
+        return [trial for trial in trials if trial.state.is_finished()]
+
+
+def _line(trial: FrozenTrial) -> tuple[int, str]:
+    attributes = trial.user_attrs
+    if trial.state == TrialState.COMPLETE:
+        how = "diverged" if attributes["diverged"] else f"{trial.value:.4f}"
+    else:
+        how = "stopped" if attributes.get("stopped") else "lost its worker"
+    return trial.number, f"{how}  ({attributes.get('seconds', 0):.0f} s)"

@@ -1,0 +1,112 @@
+"""Train the runs of a study in several processes here, and share them with commands elsewhere.
+
+Who trains a run holds its claim, which goes with the process, however that ends: no run is lost.
+Its row is looked for again under the claim: none is trained twice. Commands on other machines share
+a study through a common folder whose file system has locks.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from megatron_completedp.data.claims import claim
+from megatron_completedp.study.crew import POLL_S, Crew, Stop
+from megatron_completedp.study.points import train_point
+from megatron_completedp.study.results import Results
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Task:
+    """One run for a worker."""
+
+    id: str
+    """Of its row and its claim."""
+    config_file: Path
+    labels: Mapping[str, Any]
+    """Columns of its row that say what it is."""
+
+
+def run_tasks(
+    tasks: Sequence[Task],
+    results: Results,
+    *,
+    folder: Path,
+    workers: int,
+    ranks: int,
+    devices: Sequence[str],
+) -> None:
+    """Train every task that has no row in `results`, by `workers` processes; return with the last.
+
+    Tasks are taken in the order given. `folder` gets the claims and the workers' logs. Each worker
+    sees `ranks` of the CUDA `devices`, if there are any, and computes with one thread per rank.
+    Main thread only. Raises StudyStopped when a signal came, and CompletedPError for a run that
+    could not be trained or a worker that died.
+    """
+    reported = {row["id"] for row in results.rows()}
+    crew = Crew(
+        work=partial(_train_tasks, tasks, results, folder, ranks),
+        logs=folder / "logs",
+        workers=workers,
+        ranks=ranks,
+        devices=devices,
+    )
+    crew.run(lambda: _report(tasks, results, reported))
+
+
+def _report(tasks: Sequence[Task], results: Results, reported: set[str]) -> bool:
+    """Log the runs of `tasks` that have a row by now and are not in `reported`, and put them in.
+
+    Returns whether there were any.
+    """
+    ids, before = {task.id for task in tasks}, len(reported)
+    for row in results.rows():
+        if row["id"] in ids - reported:
+            reported.add(row["id"])
+            loss = "diverged" if row["diverged"] else f"{row['loss']:.4f}"
+            count = f"{len(ids & reported)} of {len(ids)}"
+            logger.info("%s: %s  %s  (%.0f s)", count, row["id"], loss, row["seconds"])
+    return len(reported) > before
+
+
+def _train_tasks(
+    tasks: Sequence[Task],
+    results: Results,
+    folder: Path,
+    ranks: int,
+    *,
+    number: int,
+    stop: Stop,
+) -> None:
+    """Be a worker: train what is free, wait while others train the rest, leave."""
+    while not stop.value and (open_tasks := _without_row(tasks, results)):
+        if not _train_one(open_tasks, results, folder, ranks, stop):
+            time.sleep(POLL_S)
+
+
+def _train_one(
+    tasks: Sequence[Task], results: Results, folder: Path, ranks: int, stop: Stop
+) -> bool:
+    """Train the first of `tasks` that nobody else is training; False when there is none."""
+    for task in tasks:
+        with claim(folder / "claims" / task.id, wait=False) as claimed:
+            if claimed and _without_row([task], results):
+                row = train_point(task.config_file, ranks=ranks)
+                if row is None:
+                    stop.value = True  # the signal may have come to this process alone
+                else:
+                    results.append({"id": task.id, **task.labels, **row})
+                return True
+    return False
+
+
+def _without_row(tasks: Sequence[Task], results: Results) -> list[Task]:
+    done = {row["id"] for row in results.rows()}
+    return [task for task in tasks if task.id not in done]
