@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Protocol
 import torch.distributed as dist
 
 from megatron_completedp.check.probe import Processes, divided, observable, processes
-from megatron_completedp.check.sizes import moved
 from megatron_completedp.check.tokens import Batches, token_sequences
 from megatron_completedp.config.load import identity
 from megatron_completedp.config.run import RunConfig
@@ -20,6 +19,7 @@ from megatron_completedp.mcore.engine import Batch, Engine
 from megatron_completedp.plan.run_plan import Plan
 from megatron_completedp.study.report import FigureSpec, Finding
 from megatron_completedp.study.results import Results
+from megatron_completedp.study.sizes import moved
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

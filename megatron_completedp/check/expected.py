@@ -5,11 +5,10 @@ Derived from sizes of gradients and sums, not read off the table: a wrong table 
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from megatron_completedp.core.roles import OUTSIDE_STACK, Module
-
-Axis = Literal["width", "depth", "batch", "duration"]
+from megatron_completedp.study.sizes import Axis
 
 _BRANCHES = ("attention_branch", "mlp_branch")
 _OUTSIDE = frozenset(module.value for module in OUTSIDE_STACK) | {"logits"}

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from megatron_completedp.check.expected import Axis
-from megatron_completedp.check.sizes import moved
 from megatron_completedp.check.transfer_settings import TransferSettings
 from megatron_completedp.config.load import identity
 from megatron_completedp.config.run import RunConfig
@@ -21,23 +17,14 @@ from megatron_completedp.core.tables import Parametrization
 from megatron_completedp.errors import ConfigError
 from megatron_completedp.plan.run_plan import Plan
 from megatron_completedp.study.fit import mean_curve
-from megatron_completedp.study.points import as_point
+from megatron_completedp.study.points import as_point, numbers_hash
+from megatron_completedp.study.sizes import Axis, moved
+from megatron_completedp.study.tasks import Point
 
 Row = Mapping[str, Any]
 
 #: A sweep is not refined below this distance from a diverged value, in octaves.
 FINEST_STEP = 0.125
-
-
-@dataclass(frozen=True)
-class Point:
-    """One run of the study."""
-
-    id: str
-    """Names its folder and its row. Points whose runs have the same numbers have one id."""
-    config: RunConfig
-    labels: Mapping[str, Any]
-    """What its row says about it: parametrization, size, log2_multiple, seed and swept value."""
 
 
 class Ladder:
@@ -148,7 +135,7 @@ class Ladder:
                 rules=replace(sized.rules, parametrization=parametrization),
                 hyperparams=replace(sized.hyperparams, **{swept: value}),
             )
-            self._configs[key] = config, _numbers_hash(Plan.of(config))
+            self._configs[key] = config, numbers_hash(Plan.of(config))
         return self._configs[key]
 
     def sweep(
@@ -230,14 +217,3 @@ def _by_seed(points: Iterable[Point], losses: Mapping[str, float]) -> list[dict[
 
 def _cost(config: RunConfig) -> float:
     return config.model.parameters * config.train_tokens
-
-
-def _numbers_hash(plan: Plan) -> str:
-    """Of what the run trains with, whatever the parametrization and the factors are called."""
-    numbers = plan.resolved.as_json()
-    modules = [
-        {key: entry[key] for key in entry if key not in ("factors", "role")}
-        for entry in numbers["modules"]
-    ]
-    kept = [modules, numbers["residual"], numbers["logit_multiplier"]]
-    return hashlib.sha256(json.dumps(kept).encode()).hexdigest()[:8]

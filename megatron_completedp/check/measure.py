@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
-from megatron_completedp.check.expected import Axis
 from megatron_completedp.check.probe import (
     Processes,
     Record,
@@ -26,7 +25,6 @@ from megatron_completedp.check.probe import (
     probe_optimizer,
     processes,
 )
-from megatron_completedp.check.sizes import moved
 from megatron_completedp.check.tokens import Batches, token_sequences
 from megatron_completedp.config.load import identity
 from megatron_completedp.config.run import RunConfig
@@ -35,6 +33,7 @@ from megatron_completedp.core.tables import Table
 from megatron_completedp.errors import ConfigError, TrainingDiverged
 from megatron_completedp.study.fit import slope
 from megatron_completedp.study.results import Results
+from megatron_completedp.study.sizes import Axis, moved
 
 #: Places whose input has passed through half a layer more than the layer's own input.
 _SECOND_HALF = frozenset({"mlp_norm", "gate", "up", "down", "mlp_branch"})

@@ -15,7 +15,6 @@ from types import MappingProxyType
 from typing import Literal
 
 from megatron_completedp.check import coordinate, eps, gradient, sde
-from megatron_completedp.check.expected import Axis
 from megatron_completedp.check.measure import Bench, Ladder, slopes
 from megatron_completedp.check.settings import command_line
 from megatron_completedp.check.sizes import small_base
@@ -26,6 +25,7 @@ from megatron_completedp.core.tables import Rules, build_table
 from megatron_completedp.core.tables import Table as Rulebook
 from megatron_completedp.study.report import Finding, Report, Table
 from megatron_completedp.study.results import Results
+from megatron_completedp.study.sizes import Axis
 
 Symbol = Literal["m_N", "m_L", "m_B", "m_D"]
 AXES: dict[Symbol, Axis] = {"m_N": "width", "m_L": "depth", "m_B": "batch", "m_D": "duration"}

@@ -19,16 +19,11 @@ from megatron_completedp.check.settings import command_line
 from megatron_completedp.check.transfer_base import small_base
 from megatron_completedp.check.transfer_figures import draw_loss_by_size, draw_sweeps
 from megatron_completedp.check.transfer_settings import SWEPT_NAMES, TransferSettings
-from megatron_completedp.check.workers import Task, run_tasks
-from megatron_completedp.config.load import load_config, to_yaml
-from megatron_completedp.config.run import check_world
-from megatron_completedp.data.atomic import atomic_write
+from megatron_completedp.config.load import load_config
 from megatron_completedp.errors import ConfigError
-from megatron_completedp.study.crew import visible_devices, worker_count
 from megatron_completedp.study.report import FigureSpec, Finding, Report, Table
 from megatron_completedp.study.results import Results
-
-logger = logging.getLogger(__name__)
+from megatron_completedp.study.tasks import train_points
 
 
 def run(settings: TransferSettings, out: Path) -> Report:
@@ -55,23 +50,8 @@ def train_missing(ladder: Ladder, results: Results) -> None:
     """Train until the study wants no more: the first sweeps, then what each round adds to them."""
     settings = ladder.settings
     while missing := ladder.missing(results.rows()):
-        devices = visible_devices(ladder.base)
-        workers = worker_count(settings.workers, ranks=settings.ranks, devices=devices)
-        tasks = []
-        for point in missing:
-            check_world(point.config, settings.ranks)
-            file = ladder.runs / f"{point.id}.yaml"
-            with atomic_write(file) as stream:
-                stream.write(to_yaml(point.config).encode())
-            tasks.append(Task(point.id, file, point.labels))
-        logger.info("%d runs to train, %d at a time", len(tasks), min(workers, len(tasks)))
-        run_tasks(
-            tasks,
-            results,
-            folder=ladder.runs,
-            workers=min(workers, len(tasks)),
-            ranks=settings.ranks,
-            devices=devices,
+        train_points(
+            missing, results, folder=ladder.runs, workers=settings.workers, ranks=settings.ranks
         )
 
 

@@ -6,6 +6,8 @@ process was killed is read and not trained again.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import shutil
 import signal
@@ -41,6 +43,17 @@ def as_point(config: RunConfig) -> RunConfig:
         # Ten rows in the last tenth of the run, over which the training loss is averaged.
         logging=LoggingConfig(interval=max(1, config.steps // 100)),
     )
+
+
+def numbers_hash(plan: Plan) -> str:
+    """Of what the run trains with, whatever the parametrization and the factors are called."""
+    numbers = plan.resolved.as_json()
+    modules = [
+        {key: entry[key] for key in entry if key not in ("factors", "role")}
+        for entry in numbers["modules"]
+    ]
+    kept = [modules, numbers["residual"], numbers["logit_multiplier"]]
+    return hashlib.sha256(json.dumps(kept).encode()).hexdigest()[:8]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,10 +13,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from megatron_completedp.config.load import to_yaml
+from megatron_completedp.config.run import RunConfig, check_world
+from megatron_completedp.data.atomic import atomic_write
 from megatron_completedp.data.claims import claim
-from megatron_completedp.study.crew import POLL_S, Crew, Stop
+from megatron_completedp.study.crew import POLL_S, Crew, Stop, visible_devices, worker_count
 from megatron_completedp.study.points import train_point
 from megatron_completedp.study.results import Results
 
@@ -24,32 +27,46 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Task:
-    """One run for a worker."""
+class Point:
+    """One run of a study."""
 
     id: str
-    """Of its row and its claim."""
-    config_file: Path
+    """Names its folder, its row and its claim. Runs with the same numbers may share one."""
+    config: RunConfig
     labels: Mapping[str, Any]
     """Columns of its row that say what it is."""
 
 
-def run_tasks(
-    tasks: Sequence[Task],
-    results: Results,
-    *,
-    folder: Path,
-    workers: int,
-    ranks: int,
-    devices: Sequence[str],
-) -> None:
-    """Train every task that has no row in `results`, by `workers` processes; return with the last.
+class Task(NamedTuple):
+    """One run for a worker, which another process can read."""
 
-    Tasks are taken in the order given. `folder` gets the claims and the workers' logs. Each worker
-    sees `ranks` of the CUDA `devices`, if there are any, and computes with one thread per rank.
-    Main thread only. Raises StudyStopped when a signal came, and CompletedPError for a run that
-    could not be trained or a worker that died.
+    id: str
+    config_file: Path
+    labels: Mapping[str, Any]
+
+
+def train_points(
+    points: Sequence[Point], results: Results, *, folder: Path, workers: int, ranks: int
+) -> None:
+    """Train every point that has no row in `results`, and return with the last.
+
+    `workers` of them at a time (0: one per set of `ranks` GPUs, or of cores without any), in the
+    order given. `folder` gets the runs' YAML files, the claims and the workers' logs. Main thread
+    only. Raises StudyStopped when a signal came, and CompletedPError for a run that could not be
+    trained or a worker that died.
     """
+    tasks = []
+    for point in points:
+        check_world(point.config, ranks)
+        file = folder / f"{point.id}.yaml"
+        with atomic_write(file) as stream:
+            stream.write(to_yaml(point.config).encode())
+        tasks.append(Task(point.id, file, point.labels))
+    if not tasks:
+        return
+    devices = visible_devices(points[0].config)
+    workers = min(worker_count(workers, ranks=ranks, devices=devices), len(tasks))
+    logger.info("%d runs to train, %d at a time", len(tasks), workers)
     reported = {row["id"] for row in results.rows()}
     crew = Crew(
         work=partial(_train_tasks, tasks, results, folder, ranks),

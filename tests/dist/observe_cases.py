@@ -7,9 +7,10 @@ from functools import partial
 
 from megatron_completedp.check.measure import Bench, Key, Ladder
 from megatron_completedp.check.probe import Record, observable, probe, probe_optimizer, processes
-from megatron_completedp.check.sizes import moved, small_base
+from megatron_completedp.check.sizes import small_base
 from megatron_completedp.check.tokens import Batches, synthetic_sequence
 from megatron_completedp.config.parallel import ParallelConfig
+from megatron_completedp.study.sizes import moved
 
 STEPS = (0, 1, 2)
 

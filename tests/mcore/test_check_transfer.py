@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,12 @@ import yaml
 
 from megatron_completedp.check.transfer import run
 from megatron_completedp.check.transfer_settings import TransferSettings
-from megatron_completedp.check.workers import Task, run_tasks
 from megatron_completedp.config.load import load_config
 from megatron_completedp.errors import REQUEUE_EXIT_CODE, CompletedPError, ConfigError
 from megatron_completedp.study.points import outcome, train_point
 from megatron_completedp.study.report import Report
 from megatron_completedp.study.results import Results
+from megatron_completedp.study.tasks import Point, train_points
 
 from .train_runs import ROOT, finish, make_corpus, start, write_run
 
@@ -203,13 +204,10 @@ def test_two_commands_share_a_study(tmp_path: Path, base: Path) -> None:
 
 
 def test_a_worker_says_why_a_run_cannot_be_trained(tmp_path: Path, base: Path) -> None:
-    tree = yaml.safe_load(base.read_text(encoding="utf-8"))
-    tree["data"]["train"] = [str(tmp_path / "nothing")]
-    tree["run_dir"] = str(tmp_path / "run")
-    file = tmp_path / "point.yaml"
-    file.write_text(yaml.safe_dump(tree))
+    config = load_config(base)
+    data = replace(config.data, train=(str(tmp_path / "nothing"),))
+    point = Point("point", replace(config, data=data, run_dir=str(tmp_path / "run")), {})
     results = Results(tmp_path / "results.jsonl", {})
-    tasks = [Task("point", file, {})]
     with pytest.raises(CompletedPError, match="nothing"):
-        run_tasks(tasks, results, folder=tmp_path, workers=1, ranks=1, devices=())
+        train_points([point], results, folder=tmp_path, workers=1, ranks=1)
     assert results.rows() == []

@@ -10,11 +10,12 @@ from transfer_samples import base_run, ladder, parabola, rows_of
 
 from megatron_completedp.check.calibrate import Exponent, fitted_exponent, write_exponent
 from megatron_completedp.check.drift import LadderResult, analyse
-from megatron_completedp.check.ladder import Ladder, Point
+from megatron_completedp.check.ladder import Ladder
 from megatron_completedp.check.transfer import compare, judge
 from megatron_completedp.config.load import load_config, to_yaml
 from megatron_completedp.errors import CompletedPError
 from megatron_completedp.study.fit import Interval
+from megatron_completedp.study.tasks import Point
 
 
 def result(study: Ladder, best: dict[int, float]) -> LadderResult:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_completedp.check.sizes import base_run, moved
+from megatron_completedp.check.sizes import base_run
 from megatron_completedp.core.ratios import Ratios
 from megatron_completedp.errors import ConfigError
+from megatron_completedp.study.sizes import moved
 
 
 def test_the_built_in_base_is_its_own_base() -> None:

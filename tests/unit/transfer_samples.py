@@ -8,10 +8,11 @@ from typing import Any
 
 from config_samples import small_tree
 
-from megatron_completedp.check.ladder import Ladder, Point
+from megatron_completedp.check.ladder import Ladder
 from megatron_completedp.check.transfer_settings import TransferSettings
 from megatron_completedp.config.load import build
 from megatron_completedp.config.run import RunConfig
+from megatron_completedp.study.tasks import Point
 
 #: Validation loss of a point, infinite where it diverged.
 Losses = Callable[[Point], float]
