@@ -54,6 +54,8 @@ PROVENANCE = Provenance(
     created="2026-01-02T03:04:05Z",
 )
 
+ROOT = Path(__file__).parents[2]
+
 #: What the sample has from its recipe; the rest stays in the run's own file.
 BROUGHT = ("parametrization", "base", "hyperparams", "multipliers")
 
@@ -369,3 +371,17 @@ def test_the_level_of_an_export_is_at_least_that_of_its_multipliers() -> None:
     assert Recipe.of(proxy(), "full").level == "full"
     layers = Multipliers(layers={Module.Q: LayerProfiles(lr_mult=(0.5, 2.0))})
     assert Recipe.of(replace(proxy(), multipliers=layers), "types").level == "full"
+
+
+def test_the_readmes_recipe_gives_what_it_shows(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    section = (ROOT / "README.md").read_text(encoding="utf-8").split("\n## Recipe\n")[1]
+    recipe = section.split("```yaml\n")[1].split("```")[0]
+    shown = section.split("```text\n")[1].split("```")[0].splitlines()
+    path = tmp_path / "recipe.yaml"
+    path.write_text(recipe, encoding="utf-8")
+    target = ROOT / "examples/quickstart/target.yaml"
+    assert main(["--config", str(target), "--recipe", str(path)]) == 0
+    printed = capsys.readouterr().out.replace(str(path), "recipe.yaml").splitlines()
+    assert [line for line in shown if line not in (*printed, "...")] == []
