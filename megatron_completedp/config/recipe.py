@@ -48,6 +48,10 @@ class Provenance:
     """Mean validation loss at the base, nats per token."""
     loss_standard_error: float | None = None
     """Of that mean, over the seeds."""
+    heldout_loss: float | None = None
+    """Mean loss of fresh runs at the base on text that no trial was compared on."""
+    heldout_loss_standard_error: float | None = None
+    """Of that mean, over these runs."""
     data: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     """SHA-256 of the data by path prefix."""
     tokenizer: str | None = None

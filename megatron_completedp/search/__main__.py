@@ -25,6 +25,16 @@ class StatusFlags(OutFlag):
     """YAML of the run that the search is for; the cost is given as a share of its FLOPs."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class RecipeFlags(OutFlag):
+    """Flags of `recipe` alone."""
+
+    to: str = "recipe.yaml"
+    """The file to write."""
+    heldout_runs: int = 3
+    """Fresh runs of the best point for the loss on heldout, where the settings name some."""
+
+
 @dataclass(frozen=True)
 class Command:
     """One thing to do with a search."""
@@ -52,9 +62,30 @@ def _work(settings: SearchSettings, out: Path, flags: OutFlag) -> None:
 
 def _status(settings: SearchSettings, out: Path, flags: OutFlag) -> None:
     from megatron_completedp.search.status import status
+    from megatron_completedp.search.worker import Search, read
 
     assert isinstance(flags, StatusFlags), "of this command"
-    print(status(settings, out, target=flags.target))
+    print(status(read(Search(settings, out)), settings, target=flags.target))
+
+
+def _recipe(settings: SearchSettings, out: Path, flags: OutFlag) -> None:
+    from megatron_completedp.search.export import export
+    from megatron_completedp.search.worker import Search, read
+
+    assert isinstance(flags, RecipeFlags), "of this command"
+    search = Search(settings, out)
+    found = export(
+        read(search),
+        search.objective(),
+        settings,
+        out=out,
+        recipe=Path(flags.to),
+        heldout_runs=flags.heldout_runs,
+    )
+    origin = found.provenance
+    print(f"{flags.to}: loss {origin.loss:.4f} nats/token after {origin.trials} trials")
+    if origin.heldout_loss is not None:
+        print(f"held out: {origin.heldout_loss:.4f}, mean of {flags.heldout_runs} fresh runs")
 
 
 COMMANDS: dict[str, Command] = {
@@ -77,6 +108,12 @@ COMMANDS: dict[str, Command] = {
         "Only reads; a search may be running.",
         StatusFlags,
         _status,
+    ),
+    "recipe": Command(
+        "Write the best point as a recipe, which plan and train take with --recipe.",
+        "Where the settings name heldout, the point is trained again to be evaluated there.",
+        RecipeFlags,
+        _recipe,
     ),
 }
 

@@ -108,11 +108,15 @@ class Objective:
         Every point's first run has the same seeds, so that points differ by their numbers alone.
         """
         config = self.space.apply(self.base, params)
-        for index in range(self.seeds):
+        for index, seed in enumerate(self.seeds_of(replicate)):
             own = f"{name}-seed{index}" if self.seeds > 1 else name
-            seed = self.base.seed + replicate * self.seeds + index
             run = replace(config, seed=seed, run_dir=str(self.folder / own))
             yield self.folder / f"{own}.yaml", run
+
+    def seeds_of(self, replicate: int) -> range:
+        """The seeds of a point's run number `replicate`; no two of its runs share one."""
+        first = self.base.seed + replicate * self.seeds
+        return range(first, first + self.seeds)
 
     def train(self, params: Mapping[str, float], *, name: str, replicate: int) -> Facts | Cost:
         """Train the trial to its end, from where an earlier try stopped; its cost if a signal came.

@@ -24,7 +24,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from megatron_completedp.data.claims import claim
 from megatron_completedp.search.objective import Cost, Facts, Objective, last_step
-from megatron_completedp.search.trust_region import REPLICATE
+from megatron_completedp.search.trust_trials import REPLICATE
 from megatron_completedp.train.folder import METRICS_FILE
 
 logger = logging.getLogger(__name__)

@@ -2,45 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
 from datetime import datetime
-from pathlib import Path
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from megatron_completedp.config.load import load_config
-from megatron_completedp.errors import ConfigError
 from megatron_completedp.plan.run_plan import Plan
+from megatron_completedp.search.incumbent import incumbent
 from megatron_completedp.search.ledger import ENDS, Ledger
 from megatron_completedp.search.queue import begun
-from megatron_completedp.search.settings import DATABASE_FILE, SearchSettings, database_url
-from megatron_completedp.search.storage import connect, load_study, persist
+from megatron_completedp.search.settings import SearchSettings
 
 
-def read_study(settings: SearchSettings, out: Path) -> optuna.Study:
-    """The search's study, to be read. Raises ConfigError when it has not been started."""
-    file = out / DATABASE_FILE
-    if not settings.database.url and not file.exists():
-        raise ConfigError(f"there is no {file}; start the search with `run`, or correct --out.")
-
-    def read() -> optuna.Study:
-        storage = connect(database_url(settings, out), settings.database)
-        return load_study(storage, settings.name)
-
-    return persist(read, settings.database)
-
-
-def status(settings: SearchSettings, out: Path, *, target: str | None) -> str:
-    """The lines that `search status` prints."""
-    study = read_study(settings, out)
+def status(study: optuna.Study, settings: SearchSettings, *, target: str | None) -> str:
+    """The lines that `search status` prints; `target` is the YAML of the run it is all for."""
     trials = study.get_trials(deepcopy=False)
     ledger = Ledger.of(trials, ranks=settings.ranks)
     tries = ", ".join(f"{ledger.count(end)} {end}" for end in ENDS if ledger.count(end))
     lines = [
         f"study      {settings.name}: {begun(trials)} of {settings.trials} trials begun",
         f"tries      {tries or 'none'}",
-        f"best       {_best(trials)}",
+        f"best       {_best(study)}",
         f"cost       {ledger.flops:.3g} FLOPs, {ledger.device_seconds / 3600:.3g} device-hours",
     ]
     if target is not None:
@@ -51,19 +35,13 @@ def status(settings: SearchSettings, out: Path, *, target: str | None) -> str:
     return "\n".join(lines)
 
 
-def _best(trials: Sequence[FrozenTrial]) -> str:
-    """The lowest single value: what the sampler holds for the best one needs repetitions."""
-    values = [
-        (trial.value, trial.number)
-        for trial in trials
-        if trial.state == TrialState.COMPLETE
-        and trial.value is not None
-        and not trial.user_attrs.get("diverged")
-    ]
-    if not values:
+def _best(study: optuna.Study) -> str:
+    best = incumbent(study)
+    if best is None:
         return "none yet"
-    value, number = min(values)
-    return f"{value:.4f} (trial {number})"
+    runs = len(best.trials)
+    error = "" if math.isnan(best.standard_error) else f" +- {best.standard_error:.4f}"
+    return f"{best.loss:.4f}{error} nats/token (trial {best.trials[0]}, run {runs} times)"
 
 
 def _running(trial: FrozenTrial) -> str:

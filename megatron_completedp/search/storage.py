@@ -171,22 +171,24 @@ def load_study(storage: RDBStorage, name: str) -> optuna.Study:
 
 def _note_code(study: optuna.Study) -> None:
     """Keep the list of the versions that worked on the study."""
-    now, known = code_version(), study.user_attrs.get("code", [])
+    now, known = f"{__version__} ({git_commit() or 'installed'})", study.user_attrs.get("code", [])
     if now not in known:
         if known:
             logger.warning("this study was begun with version %s; this is %s", known[0], now)
         study.set_user_attr("code", [*known, now])
 
 
-def code_version() -> str:
-    """The package's version, with the git commit where it runs from a checkout."""
-    git = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-    root = Path(__file__).parent
+def git_commit() -> str | None:
+    """The commit of the checkout that this package runs from; None for an installed one."""
+    root = Path(__file__).parents[2]
+    if not (root / ".git").exists():
+        return None
+    git = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         done = subprocess.run(git, cwd=root, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
-        return __version__
-    return f"{__version__}+{done.stdout.strip()}"
+        return None
+    return done.stdout.strip()
 
 
 @contextmanager

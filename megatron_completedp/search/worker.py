@@ -26,13 +26,13 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from megatron_completedp.config.load import build, load_config, to_tree
 from megatron_completedp.data.claims import claim
-from megatron_completedp.errors import CompletedPError
+from megatron_completedp.errors import CompletedPError, ConfigError
 from megatron_completedp.search.objective import Facts, Objective
 from megatron_completedp.search.queue import Queue, Taken
 from megatron_completedp.search.samplers import make_sampler
-from megatron_completedp.search.settings import SearchSettings, database_url
+from megatron_completedp.search.settings import DATABASE_FILE, SearchSettings, database_url
 from megatron_completedp.search.space import Space
-from megatron_completedp.search.storage import connect, heartbeat, open_study, persist
+from megatron_completedp.search.storage import connect, heartbeat, load_study, open_study, persist
 from megatron_completedp.study.crew import (
     POLL_S,
     Crew,
@@ -89,6 +89,20 @@ class Search:
             )
 
         return persist(enter, settings.database, stop)
+
+
+def read(search: Search) -> optuna.Study:
+    """The search's study with its sampler, to be read. Raises ConfigError when there is none."""
+    settings, file = search.settings, search.out / DATABASE_FILE
+    if not settings.database.url and not file.exists():
+        raise ConfigError(f"there is no {file}; start the search with `run`, or correct --out.")
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    url = database_url(settings, search.out)
+    study = persist(
+        lambda: load_study(connect(url, settings.database), settings.name), settings.database
+    )
+    study.sampler = _sampler(settings, search.objective().space)(0)
+    return study
 
 
 def run(search: Search) -> None:

@@ -1,0 +1,125 @@
+"""The recipe of a search's best point, with the loss on text that no trial saw."""
+
+from __future__ import annotations
+
+import logging
+import math
+import statistics
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from types import MappingProxyType
+
+import optuna
+from optuna.trial import TrialState
+
+from megatron_completedp import __version__
+from megatron_completedp.config.load import identity
+from megatron_completedp.config.recipe import Provenance, Recipe, save_recipe
+from megatron_completedp.config.run import RunConfig
+from megatron_completedp.data.manifest import load_manifest
+from megatron_completedp.errors import ConfigError
+from megatron_completedp.search.incumbent import Incumbent, incumbent
+from megatron_completedp.search.objective import Objective
+from megatron_completedp.search.settings import SearchSettings
+from megatron_completedp.search.storage import git_commit
+from megatron_completedp.study.results import Results
+from megatron_completedp.study.tasks import Point, train_points
+
+logger = logging.getLogger(__name__)
+
+#: Replicates from here on are no trial's: their seeds are free for the held-out runs.
+FIRST_HELDOUT_REPLICATE = 10_000
+
+
+def export(
+    study: optuna.Study,
+    objective: Objective,
+    settings: SearchSettings,
+    *,
+    out: Path,
+    recipe: Path,
+    heldout_runs: int,
+) -> Recipe:
+    """Write the recipe of the study's best point to `recipe`.
+
+    With `settings.heldout`, the point is trained `heldout_runs` times more, with seeds of which no
+    trial had one, and evaluated there; these runs are kept in OUT/heldout. Raises ConfigError while
+    no trial has ended well, and for a `recipe` that holds another.
+    """
+    best = incumbent(study)
+    if best is None:
+        raise ConfigError(
+            f"no trial of {settings.name!r} has ended well, so there is no recipe to write yet. "
+            "Let the search go on; where every trial diverges, start from a base run that trains."
+        )
+    config = objective.space.apply(objective.base, best.params)
+    losses = heldout_losses(objective, settings, best, out=out, runs=heldout_runs)
+    complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    seeds = [seed for replicate in best.replicates for seed in objective.seeds_of(replicate)]
+    provenance = Provenance(
+        study=settings.name,
+        trials=len(complete),
+        seeds=tuple(sorted(seeds)),
+        loss=best.loss,
+        loss_standard_error=_or_none(best.standard_error),
+        heldout_loss=statistics.fmean(losses) if losses else None,
+        heldout_loss_standard_error=_standard_error(losses),
+        data=MappingProxyType(_data_hashes(config)),
+        tokenizer=load_manifest(Path(config.data.train[0])).tokenizer_sha256,
+        code_version=__version__,
+        git_commit=git_commit(),
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+    found = Recipe.of(config, settings.level, provenance)
+    save_recipe(recipe, found)
+    return found
+
+
+def heldout_losses(
+    objective: Objective, settings: SearchSettings, best: Incumbent, *, out: Path, runs: int
+) -> list[float]:
+    """Loss of `runs` fresh runs of the point on settings.heldout; none where that is empty.
+
+    A run that diverged is left out, and said.
+    """
+    if not settings.heldout:
+        return []
+    base = objective.base
+    data = replace(base.data, valid=settings.heldout, valid_weights=())
+    point = objective.space.apply(replace(base, data=data), best.params)
+    points = []
+    for index in range(runs):
+        seed = base.seed + FIRST_HELDOUT_REPLICATE * objective.seeds + index
+        name = f"trial{best.trials[0]:04d}_seed{seed}"
+        folder = out / "heldout" / name
+        points.append(Point(name, replace(point, seed=seed, run_dir=str(folder)), {"seed": seed}))
+    results = Results(out / "heldout" / "results.jsonl", identity(base, "data.valid"))
+    train_points(
+        points,
+        results,
+        folder=out / "heldout",
+        workers=settings.workers,
+        ranks=settings.ranks,
+    )
+    ours = {each.id for each in points}
+    rows = [row for row in results.rows() if row["id"] in ours]
+    if diverged := [row["id"] for row in rows if row["diverged"]]:
+        logger.warning("held-out runs that diverged, and are left out: %s", ", ".join(diverged))
+    return [float(row["loss"]) for row in rows if not row["diverged"]]
+
+
+def _data_hashes(config: RunConfig) -> dict[str, str]:
+    """SHA-256 of the token files by prefix, as their manifests have it."""
+    prefixes = (*config.data.train, *config.data.valid)
+    return {prefix: load_manifest(Path(prefix)).files["bin"].sha256 for prefix in prefixes}
+
+
+def _standard_error(values: list[float]) -> float | None:
+    if len(values) < 2:
+        return None
+    return statistics.stdev(values) / math.sqrt(len(values))
+
+
+def _or_none(value: float) -> float | None:
+    return value if math.isfinite(value) else None
