@@ -34,6 +34,8 @@ setup(
     extras_require={
         # gigatoken: the fast engine; tokenizers: a tokenizer.json; pyarrow: Parquet.
         "preprocess": ["gigatoken>=0.10", "tokenizers", "pyarrow"],
+        # tools/evaluate.py: scores on local files.
+        "evaluate": ["lm_eval", "accelerate", "transformers"],
         "tensorboard": ["tensorboard"],
         "test": ["pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "types-PyYAML"],
     },
