@@ -210,7 +210,11 @@ def _sampler(
                 seed=seed,
                 space=space.distributions(),
                 radius={item.name: item.radius for item in space.dimensions},
-                settings=settings.sampler_options,
+                # All are floats in the settings; a number of children is an int.
+                settings={
+                    name: int(value) if value.is_integer() else value
+                    for name, value in settings.sampler_options.items()
+                },
             )
         return kept[seed]
 
