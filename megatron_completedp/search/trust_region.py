@@ -1,0 +1,270 @@
+"""Trust-region random search as an Optuna sampler: any study, any storage, any number of workers.
+
+    study = optuna.create_study(sampler=TrustRegionSampler(seed=1))
+
+The search is section 5 of the rules; what it decides and why is in `trust_state`, and this module
+is what Optuna sees of it. All that is remembered is in the trials themselves (their parameters,
+their values and one system attribute), so a killed search goes on where it was.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import optuna
+from optuna.distributions import BaseDistribution, FloatDistribution
+from optuna.trial import FrozenTrial
+
+from megatron_completedp.errors import ConfigError
+from megatron_completedp.search.trust_state import START, Rules, State, fold
+from megatron_completedp.search.trust_trials import REPLICATE, TAG, Reader, Trials
+
+_LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One float parameter as the search moves it: its logarithm under `log=True`, else itself."""
+
+    distribution: FloatDistribution
+    start: float
+    radius: float
+
+    @property
+    def low(self) -> float:
+        """Lower bound on the axis."""
+        return self.coordinate(self.distribution.low)
+
+    @property
+    def high(self) -> float:
+        """Upper bound on the axis."""
+        return self.coordinate(self.distribution.high)
+
+    def coordinate(self, value: float) -> float:
+        """Where `value` is on the axis."""
+        return math.log(value) if self.distribution.log else value
+
+    def value(self, coordinate: float) -> float:
+        """The parameter's value at `coordinate`, within the bounds and on the step, if any."""
+        of = self.distribution
+        value = math.exp(coordinate) if of.log else coordinate
+        if of.step is not None:
+            value = of.low + round((value - of.low) / of.step) * of.step
+        # exp(log(x)) is not always x.
+        return min(max(value, of.low), of.high)
+
+
+class TrustRegionSampler(optuna.samplers.BaseSampler):
+    """Random search in a box around the incumbent, for one objective, minimized or maximized.
+
+    Float parameters are searched, those with `log=True` in their natural logarithm. A parameter of
+    another kind is drawn at random for every new point (a warning says so once); the runs that
+    repeat a point repeat its draw.
+
+    An objective on which runs of one point differ by a seed should take the seed from
+    `trial.user_attrs["replicate"]`, 0 for the first run of a point. It reports a diverged run as
+    inf, or as any value with the user attribute `diverged` set; Optuna fails a trial that returns
+    NaN, and a trial that failed for good ranks last like a diverged one.
+
+    A trial that was enqueued, added, or proposed by another sampler takes part like a child, except
+    that it says nothing about the size of the region.
+
+    Args:
+        seed: of the proposals. Workers of one study share it: a proposal is drawn by (seed, slot).
+        space: the float parameters, if known beforehand. Without it they are the ones that all
+            completed trials have in common, and every trial until the first completes runs the
+            start.
+        start: where to begin, by parameter; one not named begins at 0 if it is linear and 0 within
+            its bounds (no change, for log multipliers), else in the middle of its bounds.
+        radius: start radius of each coordinate, or one for all; in natural logarithms for a
+            parameter with `log=True` and for log multipliers. 0.5 is a factor of 1.65.
+        floor: least radius of the widest coordinate, in the same unit; 0.02 is 2 %.
+        subset: share of the coordinates that a child moves, at least one. A child that moves few
+            can be better in those without paying for the others; 1 moves all (an ablation).
+        **rules: fields of `trust_state.Rules`, except its floor and ceiling.
+    """
+
+    def __init__(
+        self,
+        *,
+        seed: int = 0,
+        space: Mapping[str, FloatDistribution] | None = None,
+        start: Mapping[str, float] | None = None,
+        radius: float | Mapping[str, float] = 0.5,
+        floor: float = 0.02,
+        subset: float = 0.25,
+        **rules: Any,
+    ) -> None:
+        """See the class. Raises ConfigError for a value that cannot be meant."""
+        known = {item.name for item in dataclasses.fields(Rules)} - {"floor", "ceiling"}
+        if unknown := sorted(set(rules) - known):
+            message = f"trust region: no setting {', '.join(unknown)}"
+            raise ConfigError(f"{message}; there are {', '.join(sorted(known))}")
+        if not 0 < subset <= 1:
+            raise ConfigError(f"trust region: subset={subset!r} must be in (0, 1]")
+        if not floor > 0:
+            raise ConfigError(f"trust region: floor={floor!r} must be above 0")
+        if seed < 0:
+            raise ConfigError(f"trust region: seed={seed!r} must be at least 0")
+        self._seed = seed
+        self._space = None if space is None else dict(space)
+        self._start = dict(start or {})
+        self._radius = radius
+        self._floor = floor
+        self._subset = subset
+        self._rules = Rules(**rules)
+        self._axes = None if space is None else self.axes(space)
+        self._reader = Reader()
+        self._common = optuna.search_space.IntersectionSearchSpace()
+        self._warned: set[str] = set()
+
+    def state(self, study: optuna.Study) -> State:
+        """What the study's finished trials say; a point of it is named by its slot."""
+        axes = self._searched(self._floats(study))
+        return fold(self._reader.read(study, axes).runs, self._limits(axes))
+
+    def params(self, study: optuna.Study, point: int) -> dict[str, float]:
+        """The float parameters of `point`, e.g. of `state(study).incumbent`."""
+        axes = self._searched(self._floats(study))
+        return _params(axes, self._reader.read(study, axes).by_slot, point)
+
+    def infer_relative_search_space(
+        self, study: optuna.Study, trial: FrozenTrial
+    ) -> dict[str, BaseDistribution]:
+        """The float parameters, as far as they are known."""
+        self._raise_error_if_multi_objective(study)
+        axes = self._searched(self._floats(study))
+        return {name: axis.distribution for name, axis in axes.items()}
+
+    def sample_relative(
+        self,
+        study: optuna.Study,
+        trial: FrozenTrial,
+        search_space: dict[str, BaseDistribution],
+    ) -> dict[str, Any]:
+        """The parameters of the trial's point; writes down in the trial what it runs."""
+        axes = self._searched(search_space)
+        trials = self._reader.read(study, axes, without=trial.number)
+        # A retry that its predecessor already gave a point runs that point.
+        tag = trial.system_attrs.get(TAG)
+        if tag is None:
+            tag = self._tag(trials, axes)
+            study._storage.set_trial_system_attr(trial._trial_id, TAG, tag)
+            study._storage.set_trial_user_attr(trial._trial_id, REPLICATE, tag[REPLICATE])
+        # The objective's trial is read before its sampler runs, and must see these too.
+        trial.system_attrs[TAG] = tag
+        trial.user_attrs[REPLICATE] = tag[REPLICATE]
+        if tag["point"] != trials.own:
+            return _params(axes, trials.by_slot, tag["point"])
+        return self._child(axes, trials, tag)
+
+    def sample_independent(
+        self,
+        study: optuna.Study,
+        trial: FrozenTrial,
+        param_name: str,
+        param_distribution: BaseDistribution,
+    ) -> Any:
+        """A parameter that is not searched, or not yet known to be: drawn by (seed, point)."""
+        point = study._storage.get_trial(trial._trial_id).system_attrs[TAG]["point"]
+        if isinstance(param_distribution, FloatDistribution) and point == START:
+            axis = self.axes({param_name: param_distribution})[param_name]
+            return axis.value(axis.start)
+        if param_name not in self._warned:
+            self._warned.add(param_name)
+            _LOG.warning(
+                "%s is no float parameter that all trials share: it is drawn at random", param_name
+            )
+        key = [self._seed, point + 1, zlib.crc32(param_name.encode())]
+        seed = int(np.random.SeedSequence(key).generate_state(1)[0])
+        random = optuna.samplers.RandomSampler(seed)
+        return random.sample_independent(study, trial, param_name, param_distribution)
+
+    def _tag(self, trials: Trials, axes: Mapping[str, Axis]) -> dict[str, Any]:
+        """What a trial is to run, given the others."""
+        if not axes:
+            repeats = [run.replicate for run in trials.runs if run.point == START]
+            return {"point": START, REPLICATE: max(repeats, default=-1) + 1}
+        state = fold(trials.runs, self._limits(axes))
+        taken = {(run.point, run.replicate) for run in trials.runs}
+        for point, replicate in state.wanted:
+            if (point, replicate) not in taken:
+                return {"point": point, REPLICATE: replicate}
+        # Also while others run what is wanted: no worker waits, and every child counts.
+        centre = {"centre": list(state.centre), "scale": state.scale}
+        return {"point": trials.own, REPLICATE: 0, **centre}
+
+    def _child(
+        self, axes: Mapping[str, Axis], trials: Trials, tag: Mapping[str, Any]
+    ) -> dict[str, float]:
+        """Centre + radius * u on a random subset of the coordinates, u uniform in [-1, 1].
+
+        Uniform and not normal, so that "never outside the region" has no exceptions: what lies
+        beyond a cliff is far worse than what a longer step could win.
+        """
+        points = [_params(axes, trials.by_slot, point) for point in tag["centre"]]
+        generator = np.random.default_rng([self._seed, trials.own])
+        steps = generator.uniform(-1, 1, len(axes))
+        still = generator.permutation(len(axes))[max(1, round(self._subset * len(axes))) :]
+        steps[still] = 0
+        child = {}
+        for (name, axis), step in zip(axes.items(), steps.tolist(), strict=True):
+            values = [axis.coordinate(point[name]) for point in points]
+            # A coordinate with a small start radius is not widened to the floor.
+            radius = max(tag["scale"] * axis.radius, min(self._floor, axis.radius))
+            moved = sum(values) / len(values) + radius * step
+            child[name] = axis.value(moved)
+        return child
+
+    def axes(self, space: Mapping[str, BaseDistribution]) -> dict[str, Axis]:
+        """The float parameters of `space` that can vary, as they are searched."""
+        return {
+            name: self._axis(name, distribution)
+            for name, distribution in space.items()
+            if isinstance(distribution, FloatDistribution) and not distribution.single()
+        }
+
+    def _searched(self, space: Mapping[str, BaseDistribution]) -> dict[str, Axis]:
+        return self.axes(space) if self._axes is None else self._axes
+
+    def _floats(self, study: optuna.Study) -> Mapping[str, BaseDistribution]:
+        """The parameters that are known to be there."""
+        return self._common.calculate(study) if self._space is None else self._space
+
+    def _axis(self, name: str, of: FloatDistribution) -> Axis:
+        radius = self._radius.get(name) if isinstance(self._radius, Mapping) else self._radius
+        if radius is None or not 0 < radius < math.inf:
+            raise ConfigError(f"trust region: radius of {name} is {radius!r}, must be above 0")
+        start = self._start.get(name)
+        if start is None:
+            middle = math.sqrt(of.low * of.high) if of.log else (of.low + of.high) / 2
+            start = 0.0 if not of.log and of.low <= 0 <= of.high else middle
+        if not of.low <= start <= of.high:
+            bounds = f"[{of.low:g}, {of.high:g}]"
+            raise ConfigError(f"trust region: start of {name} is {start!r}, outside {bounds}")
+        return Axis(of, math.log(start) if of.log else start, radius)
+
+    def _limits(self, axes: Mapping[str, Axis]) -> Rules:
+        """The rules with the scale's limits, which depend on the space."""
+        if not axes:
+            return self._rules
+        widest = max(axis.radius for axis in axes.values())
+        span = max((axis.high - axis.low) / axis.radius for axis in axes.values())
+        return dataclasses.replace(
+            self._rules, floor=min(1.0, self._floor / widest), ceiling=max(1.0, span)
+        )
+
+
+def _params(
+    axes: Mapping[str, Axis], trials: Mapping[int, FrozenTrial], point: int
+) -> dict[str, float]:
+    if point == START:
+        return {name: axis.value(axis.start) for name, axis in axes.items()}
+    return {name: trials[point].params[name] for name in axes}

@@ -1,0 +1,295 @@
+"""The trust-region search as a function: finished runs in, incumbent and region out.
+
+A search is a sequence of rounds. Round k is the k-th `round_size` children in the order of their
+slots; its best child challenges the incumbent, and its success rate moves the scale of the region.
+Nothing here knows clocks, workers or Optuna, so the state is the same whoever asks, in whatever
+order the runs ended, and after any restart.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from operator import attrgetter
+
+from megatron_completedp.errors import ConfigError
+
+#: The point that a search starts from. Other points are named by the slot that first ran them.
+START = -1
+
+#: A run overtaken by this many rounds of later ended runs is taken for dead: a worker that vanished
+#: from a storage without heartbeats must not hold its round open for good. If it ends after all, it
+#: counts, because the state is always worked out from the beginning.
+OVERTAKEN_ROUNDS = 4
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run as the search sees it."""
+
+    slot: int
+    """Its place in the study's sequence; a retry of a dead worker's run has the slot of that."""
+    point: int
+    """What it ran: `START`, or the slot that ran this point first (its own, for a child)."""
+    replicate: int
+    """Which run of the point this is; 0 is the first."""
+    loss: float | None
+    """Lower is better; None while it runs, inf if it diverged, was pruned or failed for good."""
+    centre: tuple[int, ...] | None = None
+    """Points whose mean a child was drawn around; None for a child that something else proposed."""
+    scale: float = 1.0
+    """Scale of the region a child was drawn from."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rules:
+    """What the search does; each rule can be switched off for an ablation.
+
+    Section 5 of the rules gives the form of the search and, where the paper publishes no number,
+    ours; fields that are not in it say why they have their default.
+    """
+
+    round_size: int = 8
+    """Children per round. At least the number of workers: else rounds overlap, and those that were
+    drawn before the last decision can move the incumbent but not the region. More children per
+    round find a better best one, fewer move more often; best-of-8 is where a quadratic's gain per
+    run levels off."""
+    start_replicates: int = 3
+    """Runs of the start, from which the seed noise is first estimated: 2 degrees of freedom, which
+    each challenge adds to. 1 for an objective without noise."""
+    confirm: int = 3
+    """Most fresh runs of a challenger. Its first run was chosen for being the lowest of a round, so
+    it is biased low and is not used; 0 trusts it nevertheless (an ablation)."""
+    guard: float = 2.0
+    """Standard errors of the seed noise by which a challenger must win; 0 takes any lower mean."""
+    cliff: float = 1.0
+    """Nats above the incumbent from which a run ranks last and is never averaged: its value says
+    that something broke, not how good the point is. inf to average everything that is finite."""
+    success_rate: float = 0.2
+    """Share of a round's children below the incumbent from which the region widens: the 1/5 rule
+    of evolution strategies."""
+    widen: float = 1.5
+    """Factor on the scale after a round at or above `success_rate`; 1 for a region that stays."""
+    narrow: float = 1.5
+    """Divisor of the scale after any other round; 1 for a region that stays."""
+    floor: float = 0.04
+    """Least scale. The sampler sets it so that the widest radius ends at 0.02 nats."""
+    ceiling: float = math.inf
+    """Largest scale. The sampler sets it to where the region covers the bounds: beyond, widening
+    would do nothing but delay the narrowing after it."""
+    stall: int = 2
+    """Rounds in a row at the floor without a new incumbent until the scale goes back to 1. The
+    landscape is near-invex, so the incumbent stays: a fresh start elsewhere would lose everything
+    found, and what stalls a search is a region that narrowed below the noise. 0 never restarts."""
+    recentre: bool = False
+    """Draw children around the mean of the best quarter of the last round and the incumbent. The
+    incumbent, which challengers must beat, stays a point that was run."""
+
+    def __post_init__(self) -> None:
+        least = {"round_size": 1, "start_replicates": 1, "widen": 1.0, "narrow": 1.0}
+        for item in fields(self):
+            value, low = getattr(self, item.name), least.get(item.name, 0)
+            if not value >= low:
+                raise ConfigError(f"trust region: {item.name}={value!r} must be at least {low}")
+        if not 0 < self.floor <= 1 <= self.ceiling:
+            message = "trust region: the scale starts at 1, so floor must be in (0, 1] and"
+            raise ConfigError(f"{message} ceiling at least 1, got {self.floor}, {self.ceiling}")
+
+
+@dataclass(frozen=True)
+class Round:
+    """A decided round, for reports."""
+
+    scale: float
+    """Scale of the region while it was drawn."""
+    successes: int
+    """Children below the incumbent, of those drawn from the present region."""
+    voters: int
+    """Children drawn from the present region."""
+    challenger: int | None
+    """The best child, where it was below the incumbent."""
+    accepted: bool
+    """Whether the challenger became the incumbent."""
+    restarted: bool
+    """Whether the region went back to its start after this round."""
+
+
+@dataclass(frozen=True)
+class State:
+    """What the finished runs say."""
+
+    incumbent: int
+    """The point to beat."""
+    loss: float
+    """Mean of its runs; inf while it has none that ended well."""
+    runs: int
+    """How many runs that mean is of."""
+    noise: float
+    """Standard deviation of a run, pooled over all repeated points; inf while none is repeated."""
+    centre: tuple[int, ...]
+    """Points whose mean children are drawn around."""
+    scale: float
+    """Of the region: a coordinate's radius is this times its start radius."""
+    rounds: tuple[Round, ...]
+    """The decided rounds."""
+    wanted: tuple[tuple[int, int], ...]
+    """(point, replicate) to be run before the search can go on."""
+
+    @property
+    def restarts(self) -> int:
+        """How often the region went back to its start."""
+        return sum(decided.restarted for decided in self.rounds)
+
+
+@dataclass
+class _Books:
+    """Losses that decisions were taken on, by point; a decision never sees more than it asked for.
+
+    Otherwise a run that a later decision asked for would change an earlier one.
+    """
+
+    ended: Mapping[tuple[int, int], float]
+    rules: Rules
+    losses: dict[int, list[float]] = field(default_factory=dict)
+    squares: dict[int, float] = field(default_factory=dict)
+    """Of the distances from the point's mean."""
+    attempts: dict[int, int] = field(default_factory=dict)
+
+    def mean(self, point: int) -> float:
+        """Mean loss of `point`'s runs, inf without any."""
+        losses = self.losses.get(point, ())
+        return sum(losses) / len(losses) if losses else math.inf
+
+    def noise(self) -> float:
+        """Pooled standard deviation of a run within its point; inf without a repeated point."""
+        freedom = sum(map(len, self.losses.values())) - len(self.losses)
+        return math.sqrt(sum(self.squares.values()) / freedom) if freedom else math.inf
+
+    def enter(self, point: int, loss: float) -> None:
+        """Adds a run of `point`, unless it diverged."""
+        if not math.isfinite(loss):
+            return
+        losses = [*self.losses.get(point, ()), loss]
+        # A repetition off the cliff is no sample of the noise, whichever came first.
+        edge = min(losses) + self.rules.cliff
+        self.losses[point] = [value for value in losses if value <= edge]
+        mean = self.mean(point)
+        self.squares[point] = sum((value - mean) ** 2 for value in self.losses[point])
+
+    def missing(self, point: int, attempts: int) -> tuple[tuple[int, int], ...]:
+        """Enters `point`'s first `attempts` unbiased runs; the names of those not yet ended."""
+        # A challenger's run 0 was chosen for its low loss, unless nothing else will be run.
+        first = 0 if point == START or self.rules.confirm == 0 else 1
+        lacking = []
+        for attempt in range(self.attempts.get(point, 0), attempts):
+            name = (point, first + attempt)
+            if name not in self.ended:
+                lacking.append(name)
+        if not lacking:
+            for attempt in range(self.attempts.get(point, 0), attempts):
+                self.enter(point, self.ended[point, first + attempt])
+            self.attempts[point] = max(attempts, self.attempts.get(point, 0))
+        return tuple(lacking)
+
+    def challenge(self, challenger: int, incumbent: int) -> bool | tuple[tuple[int, int], ...]:
+        """Whether `challenger` takes over, or the runs needed to tell.
+
+        Runs are asked for one by one, since most challengers are no better: it stops as soon as the
+        fresh mean is not below the incumbent's, or is below it by `guard` standard errors. After
+        `confirm` runs in between, the incumbent stays. A fresh run off the cliff rejects at once.
+        """
+        for step in range(1, max(1, self.rules.confirm) + 1):
+            lacking = self.missing(challenger, step)
+            if self.rules.confirm:
+                # The mean of few runs is the weaker side of the comparison: keep them balanced.
+                lacking += self.missing(incumbent, step)
+            if lacking:
+                return lacking
+            won = self.losses.get(challenger, [])
+            gain = self.mean(incumbent) - self.mean(challenger)
+            if len(won) < step or not gain > 0:
+                return False
+            runs = len(self.losses.get(incumbent, ()))
+            if runs == 0 or self.rules.guard == 0:
+                return True
+            if gain > self.rules.guard * self.noise() * math.sqrt(1 / step + 1 / runs):
+                return True
+        return False
+
+
+def fold(runs: Sequence[Run], rules: Rules) -> State:
+    """The state of a search after `runs`, in any order."""
+    runs = sorted(runs, key=attrgetter("slot"))
+    books = _Books(_ended(runs, rules), rules)
+    children = [run for run in runs if run.point == run.slot]
+    incumbent, scale = START, 1.0
+    centre: tuple[int, ...] = (START,)
+    rounds: list[Round] = []
+    stalled = 0
+    wanted = books.missing(START, rules.start_replicates)
+    for first in range(0, len(children) - rules.round_size + 1, rules.round_size):
+        batch = children[first : first + rules.round_size]
+        if wanted or any((run.point, 0) not in books.ended for run in batch):
+            break
+        bar = books.mean(incumbent)
+        ranked = sorted((books.ended[run.point, 0], run.point) for run in batch)
+        challenger = ranked[0][1] if ranked[0][0] < bar else None
+        verdict = challenger is not None and books.challenge(challenger, incumbent)
+        if isinstance(verdict, tuple):
+            wanted = verdict
+            break
+        voters = [run for run in batch if (run.centre, run.scale) == (centre, scale)]
+        successes = sum(books.ended[run.point, 0] < bar for run in voters)
+        at_floor = scale <= rules.floor and bool(voters) and not verdict
+        stalled = stalled + 1 if at_floor else 0
+        restarted = 0 < rules.stall <= stalled
+        rounds.append(Round(scale, successes, len(voters), challenger, verdict, restarted))
+        if verdict and challenger is not None:
+            incumbent = challenger
+        centre = _centre(ranked, incumbent, books.mean(incumbent), rules)
+        scale = 1.0 if restarted else _scale(scale, successes, len(voters), rules)
+        stalled = 0 if restarted else stalled
+    return State(
+        incumbent=incumbent,
+        loss=books.mean(incumbent),
+        runs=len(books.losses.get(incumbent, ())),
+        noise=books.noise(),
+        centre=centre,
+        scale=scale,
+        rounds=tuple(rounds),
+        wanted=wanted,
+    )
+
+
+def _ended(runs: Sequence[Run], rules: Rules) -> dict[tuple[int, int], float]:
+    """Loss by (point, replicate) of the runs that ended or were overtaken."""
+    ended = [run for run in runs if run.loss is not None]
+    limit = OVERTAKEN_ROUNDS * rules.round_size
+    newest_dead = ended[-limit].slot if len(ended) >= limit else -1
+    losses = {(run.point, run.replicate): math.inf for run in runs if run.slot < newest_dead}
+    # Two workers that ask at the same moment may repeat a point under one name: the first counts.
+    for run in reversed(ended):
+        losses[run.point, run.replicate] = run.loss if run.loss is not None else math.inf
+    return losses
+
+
+def _scale(scale: float, successes: int, voters: int, rules: Rules) -> float:
+    """The scale after a round; a round without voters says nothing about the region."""
+    if voters == 0:
+        return scale
+    if successes >= rules.success_rate * voters:
+        return min(scale * rules.widen, rules.ceiling)
+    return max(scale / rules.narrow, rules.floor)
+
+
+def _centre(
+    ranked: Sequence[tuple[float, int]], incumbent: int, loss: float, rules: Rules
+) -> tuple[int, ...]:
+    """The points that the next children are drawn around the mean of."""
+    if not rules.recentre:
+        return (incumbent,)
+    others = [entry for entry in ranked if entry[1] != incumbent]
+    pool = sorted([(loss, incumbent), *others])[: math.ceil((len(others) + 1) / 4)]
+    near = [point for value, point in pool if value <= loss + rules.cliff and math.isfinite(value)]
+    return tuple(sorted(near)) or (incumbent,)

@@ -1,0 +1,107 @@
+"""A study's trials as the runs of a trust-region search."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from dataclasses import dataclass, field
+
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+
+from megatron_completedp.search.trust_state import Run
+
+#: System attribute of a trial: what it runs and where its point was drawn from.
+TAG = "trust_region"
+
+#: User attribute of a trial: which run of its point it is. The objective makes another seed of it.
+REPLICATE = "replicate"
+
+#: User attribute by which an objective says that a run diverged, whatever its value.
+DIVERGED = "diverged"
+
+#: System attribute by which Optuna marks the retry of a dead worker's trial: the number of the
+#: first trial of that chain.
+RETRY_OF = "failed_trial"
+
+
+@dataclass(frozen=True)
+class Trials:
+    """What a study holds, but for one trial."""
+
+    runs: list[Run]
+    """One per slot."""
+    by_slot: dict[int, FrozenTrial]
+    own: int
+    """The slot of the trial left out; of the next new trial, if none was."""
+
+
+@dataclass
+class Reader:
+    """Reads studies; remembers finished trials only to be fast.
+
+    Storages hand out a finished trial as the same object every time. What is remembered is only
+    used for that very object, so it cannot be another study's or an older version.
+    """
+
+    _known: dict[int, tuple[FrozenTrial, Run]] = field(default_factory=dict)
+
+    def read(self, study: optuna.Study, names: Collection[str], without: int = -1) -> Trials:
+        """The study's trials but number `without`, `names` being the parameters searched.
+
+        A slot is a trial's place among those that do not retry another, so a retry has that of the
+        trial it repeats. A slot's trial is the completed one, else the one that still may complete,
+        else the last that failed.
+        """
+        sign = -1 if study.direction == optuna.study.StudyDirection.MAXIMIZE else 1
+        slot_of: dict[int, int] = {}
+        by_slot: dict[int, FrozenTrial] = {}
+        runs: dict[int, Run] = {}
+        slots = 0
+        for trial in study.get_trials(deepcopy=False):
+            number = trial.number
+            known = self._known.get(number)
+            remembered = known is not None and known[0] is trial
+            retry_of = None if remembered else trial.system_attrs.get(RETRY_OF)
+            slot = slots if retry_of is None else slot_of[retry_of]
+            slots += retry_of is None
+            slot_of[number] = slot
+            if number == without:
+                continue
+            if slot in by_slot and _rank(by_slot[slot]) > _rank(trial):
+                continue
+            by_slot[slot] = trial
+            if known is not None and remembered:
+                runs[slot] = known[1]
+                continue
+            runs[slot] = run = _run(slot, trial, sign, names)
+            # A retry's slot and a foreign trial's loss depend on more than the trial.
+            if retry_of is None and TAG in trial.system_attrs and trial.state.is_finished():
+                self._known[number] = (trial, run)
+        own = slot_of.get(without, slots)
+        # What failed before `without` retries it is no run of its own.
+        runs.pop(own, None)
+        return Trials(list(runs.values()), by_slot, own)
+
+
+def _rank(trial: FrozenTrial) -> int:
+    if trial.state == TrialState.COMPLETE:
+        return 2
+    return 0 if trial.state.is_finished() else 1
+
+
+def _run(slot: int, trial: FrozenTrial, sign: int, names: Collection[str]) -> Run:
+    """`trial` as the fold sees it; losses are minimized."""
+    tag = trial.system_attrs.get(TAG)
+    loss: float | None = None
+    if trial.state == TrialState.COMPLETE and trial.value is not None:
+        fine = math.isfinite(trial.value) and not trial.user_attrs.get(DIVERGED)
+        # What others ran without some of the parameters is no point of this space.
+        fine = fine and (tag is not None or all(name in trial.params for name in names))
+        loss = sign * trial.value if fine else math.inf
+    elif trial.state.is_finished():
+        loss = math.inf
+    if tag is None:
+        return Run(slot, slot, 0, loss)
+    centre = tuple(tag["centre"]) if "centre" in tag else None
+    return Run(slot, tag["point"], tag[REPLICATE], loss, centre, tag.get("scale", 1.0))
