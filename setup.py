@@ -36,6 +36,10 @@ setup(
         "preprocess": ["gigatoken>=0.10", "tokenizers", "pyarrow"],
         # tools/evaluate.py: scores on local files.
         "evaluate": ["lm_eval", "accelerate", "transformers"],
+        # psycopg: a study in PostgreSQL; cmaes, scipy: the samplers of these names.
+        "search": ["optuna>=4", "cmaes", "scipy", "psycopg[binary]"],
+        # The sampler turbo.
+        "turbo": ["botorch"],
         "tensorboard": ["tensorboard"],
         "test": ["pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "types-PyYAML"],
     },
