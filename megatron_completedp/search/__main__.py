@@ -1,4 +1,4 @@
-"""`python -m megatron_completedp.search`: run a search, join it, look at it, take its recipe."""
+"""`python -m megatron_completedp.search`: run a search, join it, show it, take its recipe."""
 
 from __future__ import annotations
 
@@ -8,18 +8,24 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from megatron_completedp.config.cli import run_command
 from megatron_completedp.errors import ConfigError
+from megatron_completedp.search.compare_settings import CompareSettings
 from megatron_completedp.search.settings import SearchSettings
-from megatron_completedp.study.settings import OutFlag, load_study
+from megatron_completedp.search.transfer_settings import TransferSettings
+from megatron_completedp.study.settings import OutFlag, command_line, load_study
+
+if TYPE_CHECKING:
+    from megatron_completedp.study.report import Report
 
 PROG = "python -m megatron_completedp.search"
 
 
 @dataclass(frozen=True, kw_only=True)
-class StatusFlags(OutFlag):
-    """Flags of `status` alone."""
+class TargetFlags(OutFlag):
+    """Flags of `status` and `report`."""
 
     target: str | None = None
     """YAML of the run that the search is for; the cost is given as a share of its FLOPs."""
@@ -45,7 +51,9 @@ class Command:
     """The rest of its own help."""
     flags: type[OutFlag]
     """What it takes beside the settings."""
-    do: Callable[[SearchSettings, Path, OutFlag], None]
+    do: Callable[[Any, Path, OutFlag], None]
+    settings: type[Any] = SearchSettings
+    """What its YAML is."""
 
 
 def _run(settings: SearchSettings, out: Path, flags: OutFlag) -> None:
@@ -64,7 +72,7 @@ def _status(settings: SearchSettings, out: Path, flags: OutFlag) -> None:
     from megatron_completedp.search.status import status
     from megatron_completedp.search.worker import Search, read
 
-    assert isinstance(flags, StatusFlags), "of this command"
+    assert isinstance(flags, TargetFlags), "of this command"
     print(status(read(Search(settings, out)), settings, target=flags.target))
 
 
@@ -88,6 +96,39 @@ def _recipe(settings: SearchSettings, out: Path, flags: OutFlag) -> None:
         print(f"held out: {origin.heldout_loss:.4f}, mean of {flags.heldout_runs} fresh runs")
 
 
+def _report(settings: SearchSettings, out: Path, flags: OutFlag) -> None:
+    from megatron_completedp.search.report import report
+    from megatron_completedp.search.worker import Search
+
+    assert isinstance(flags, TargetFlags), "of this command"
+    _show(
+        report(Search(settings, out), target=flags.target, command=command_line(PROG)),
+        out,
+    )
+
+
+def _compare(settings: CompareSettings, out: Path, flags: OutFlag) -> None:
+    from megatron_completedp.search.compare_report import run
+
+    _show(run(settings, out, command=command_line(PROG)), out)
+
+
+def _transfer(settings: TransferSettings, out: Path, flags: OutFlag) -> None:
+    from megatron_completedp.search.transfer import run
+
+    _show(run(settings, out, command=command_line(PROG)), out)
+
+
+def _show(found: Report, out: Path) -> None:
+    # Drawing needs matplotlib, which --help and bad flags should not wait for.
+    from megatron_completedp.study.page import write_report
+    from megatron_completedp.study.report import print_report
+
+    write_report(out, found)
+    print(print_report(found))
+    print(f"\n{out / 'report.html'}")
+
+
 COMMANDS: dict[str, Command] = {
     "run": Command(
         "Train trials by workers of this machine until all have ended.",
@@ -106,7 +147,7 @@ COMMANDS: dict[str, Command] = {
     "status": Command(
         "Print how far a search is, its best point and its cost.",
         "Only reads; a search may be running.",
-        StatusFlags,
+        TargetFlags,
         _status,
     ),
     "recipe": Command(
@@ -114,6 +155,29 @@ COMMANDS: dict[str, Command] = {
         "Where the settings name heldout, the point is trained again to be evaluated there.",
         RecipeFlags,
         _recipe,
+    ),
+    "report": Command(
+        "Show on one page what a search found, how sure that is and what it cost.",
+        "Writes report.html, figures and trials.jsonl (every trial, small enough to keep) into the "
+        "folder; where there is no study.db, draws from trials.jsonl alone.",
+        TargetFlags,
+        _report,
+    ),
+    "compare": Command(
+        "Compare samplers at equal budget, on a surrogate and by what searches found.",
+        "Its YAML names the trials.jsonl of finished studies; the points that they held for the "
+        "best are trained again. Without any, the surrogate is a synthetic one.",
+        OutFlag,
+        _compare,
+        CompareSettings,
+    ),
+    "transfer": Command(
+        "Measure how many tokens a recipe saves, at the proxy and where it is carried to.",
+        "Its YAML names recipes of one base and the sizes. Killed or stopped, it goes on where it "
+        "was when started again.",
+        OutFlag,
+        _transfer,
+        TransferSettings,
     ),
 }
 
@@ -147,12 +211,13 @@ def main(argv: Sequence[str]) -> int:
         raise ConfigError(f"unknown command {name!r}; {hint}")
     command = COMMANDS[name]
     settings, out, flags = load_study(
-        SearchSettings,
+        command.settings,
         rest,
         prog=f"{PROG} {name}",
         description=f"{command.summary} {command.details}\n\nExample:\n  {PROG} {name} "
         "--config search.yaml --out runs/search",
         extra=command.flags,
+        paths=("run", "recipes", "studies"),
     )
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     try:
@@ -162,7 +227,8 @@ def main(argv: Sequence[str]) -> int:
             f"{PROG} needs packages that are not installed ({error}): "
             "pip install 'megatron_completedp[search]'."
         ) from error
-    command.do(settings, out or Path("runs/searches") / settings.name, flags)
+    study = settings.name if isinstance(settings, SearchSettings) else name
+    command.do(settings, out or Path("runs/searches") / study, flags)
     return 0
 
 

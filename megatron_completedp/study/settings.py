@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -53,14 +53,22 @@ def load_study(
 
 
 def _resolve(tree: dict[str, Any], argv: Sequence[str], key: str) -> None:
-    """Make the path under `key` relative to the YAML it stands in, when it stands in one."""
+    """Make the paths under `key` relative to the YAML they stand in, when they stand in one."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config")
     parser.add_argument(f"--{key}", dest="path")
     given, _ = parser.parse_known_args(argv)
-    path = tree.get(key)
-    if given.config and given.path is None and isinstance(path, str) and path:
-        tree[key] = str(Path(given.config).parent / path)
+    if given.config and given.path is None and key in tree:
+        tree[key] = _below(Path(given.config).parent, tree[key])
+
+
+def _below(folder: Path, value: object) -> object:
+    """`value`, or every text in it, as a path from `folder`; an empty text names no path."""
+    if isinstance(value, Mapping):
+        return {name: _below(folder, item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_below(folder, item) for item in value]
+    return str(folder / value) if isinstance(value, str) and value else value
 
 
 def command_line(prog: str) -> str:

@@ -1,0 +1,129 @@
+"""The points that finished studies held for the best at equal budgets, trained with fresh seeds.
+
+A search's own losses flatter it: it kept what came out low. These runs have seeds and text that no
+choice has seen.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from megatron_completedp.config.load import identity, load_config
+from megatron_completedp.errors import ConfigError
+from megatron_completedp.plan.run_plan import Plan
+from megatron_completedp.search.compare_settings import CompareSettings
+from megatron_completedp.search.history import History
+from megatron_completedp.search.importance import rows_of
+from megatron_completedp.search.space import Space
+from megatron_completedp.search.surrogate import Surrogate, fit
+from megatron_completedp.search.trials_file import read_export
+from megatron_completedp.study.points import as_point, numbers_hash
+from megatron_completedp.study.results import Results, differences
+from megatron_completedp.study.tasks import Point, train_points
+
+
+class HeldPoints:
+    """The studies of several samplers on one space, and the runs of what they held."""
+
+    def __init__(self, settings: CompareSettings, folder: Path) -> None:
+        """Raises ConfigError for studies of different spaces, or of another run than given."""
+        self.settings = settings
+        self.folder = folder
+        base = as_point(load_config(settings.run))
+        if both := sorted(set(base.data.valid) & set(settings.heldout)):
+            raise ConfigError(
+                f"heldout has {', '.join(both)}, by which the searches chose. Use another split."
+            )
+        studies = {
+            name: [read_export(Path(path)) for path in paths]
+            for name, paths in settings.studies.items()
+        }
+        every = [study for group in studies.values() for study in group]
+        first = every[0].user_attrs["identity"]
+        for study in every:
+            own = study.user_attrs["identity"]
+            found = list(differences(first["space"], own["space"], "space"))
+            found += differences(own["run"], json.loads(json.dumps(identity(base))), "run")
+            if found:
+                raise ConfigError(
+                    f"the study {study.study_name!r} is no search of the same kind: "
+                    f"{'; '.join(found)}. Compare studies of one run, level and bounds."
+                )
+        self.space = Space.of(base, first["space"]["level"], first["space"]["bounds"])
+        self.histories = {
+            name: [History(study, self.space) for study in group] for name, group in studies.items()
+        }
+        data = replace(base.data, valid=settings.heldout, valid_weights=())
+        self.ceiling = math.log(base.model.vocab_size)
+        self.base = replace(base, data=data)
+
+    def surrogate(self) -> Surrogate:
+        """Fitted to all trials of all studies."""
+        rows = [row for group in self.histories.values() for one in group for row in rows_of(one)]
+        return fit(rows, self.space.distributions(), ceiling=self.ceiling)
+
+    def train(self, out: Path) -> list[dict[str, Any]]:
+        """Train what has no row in OUT/results.jsonl; every row."""
+        results = Results(
+            out / "results.jsonl",
+            {
+                "samples": self.base.evaluation.samples,
+                "run": identity(self.base, "seed", "hyperparams", "multipliers"),
+            },
+        )
+        wanted: dict[str, Point] = {}
+        for seed in self.settings.seeds:
+            for held in [{}, *self._held()]:
+                point = self._run(held, seed)
+                wanted.setdefault(point.id, point)
+        done = {row["id"] for row in results.rows()}
+        train_points(
+            [point for name, point in wanted.items() if name not in done],
+            results,
+            folder=self.folder,
+            workers=self.settings.workers,
+            ranks=self.settings.ranks,
+        )
+        return results.rows()
+
+    def gains(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, list[list[list[float]]]]:
+        """Nats below the base run by sampler: one list per study, budget and seed.
+
+        0 while a study has no point yet: it would use the base run. -inf where the run diverged.
+        """
+        losses = {row["id"]: math.inf if row["diverged"] else float(row["loss"]) for row in rows}
+
+        def gain(held: Mapping[str, float], seed: int) -> float:
+            start, found = (losses[self._run(each, seed).id] for each in ({}, held))
+            return start - found
+
+        return {
+            name: [
+                [
+                    [gain(one.best_after(budget) or {}, seed) for seed in self.settings.seeds]
+                    for budget in self.settings.budgets
+                ]
+                for one in group
+            ]
+            for name, group in self.histories.items()
+        }
+
+    def _held(self) -> list[Mapping[str, float]]:
+        found = [
+            one.best_after(budget)
+            for group in self.histories.values()
+            for one in group
+            for budget in self.settings.budgets
+        ]
+        return [point for point in found if point is not None]
+
+    def _run(self, point: Mapping[str, float], seed: int) -> Point:
+        config = self.space.apply(self.base, point)
+        name = f"seed{seed}_{numbers_hash(Plan.of(config))}"
+        config = replace(config, seed=seed, run_dir=str(self.folder / name))
+        return Point(id=name, config=config, labels={"seed": seed})

@@ -1,0 +1,179 @@
+"""What a search knew: its points with their runs, the noise of the seeds, and its best so far.
+
+A point's runs are the trials with its numbers. The first run of a point that a sampler chose to
+keep for its low loss says too little: the mean of a point is that of its other runs, and a point
+without any is marked as biased.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from statistics import fmean
+
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+from scipy import stats
+
+from megatron_completedp.search.incumbent import incumbent
+from megatron_completedp.search.queue import FIRST_TRY
+from megatron_completedp.search.samplers import make_sampler
+from megatron_completedp.search.space import Space
+from megatron_completedp.search.trust_trials import DIVERGED, REPLICATE
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A point's loss, nats per token."""
+
+    mean: float
+    """NaN without a run that ended well."""
+    runs: int
+    """How many runs it is the mean of."""
+    biased: bool
+    """Of the one run that the point was chosen for: too low by about the noise or more."""
+    noise: float
+    """Standard deviation of a run over seeds; NaN where no point was repeated."""
+    freedom: int
+    """Degrees of freedom of `noise`, which is pooled over all repeated points."""
+
+    @property
+    def standard_error(self) -> float:
+        """Of the mean; NaN where it is biased or the noise is not known."""
+        return math.nan if self.biased or not self.runs else self.noise / math.sqrt(self.runs)
+
+    @property
+    def half_width(self) -> float:
+        """Of the 95 % interval, by Student's t for the noise's degrees of freedom."""
+        return half_width(self.standard_error, self.freedom)
+
+
+def half_width(standard_error: float, freedom: int) -> float:
+    """Half of the 95 % interval of a normal mean; NaN where nothing is known."""
+    return float(stats.t.ppf(0.975, freedom)) * standard_error if freedom else math.nan
+
+
+@dataclass(frozen=True)
+class Held:
+    """The point that was held for the best."""
+
+    since: int
+    """Trials begun, repetitions of lost ones left out, when it took over."""
+    point: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class History:
+    """The trials of a study over a space."""
+
+    study: optuna.Study
+    space: Space
+
+    @cached_property
+    def trials(self) -> Sequence[FrozenTrial]:
+        """All of them, running ones too, in the order they were begun."""
+        return self.study.get_trials(deepcopy=False)
+
+    @cached_property
+    def finished(self) -> Sequence[FrozenTrial]:
+        """Those with a result, the diverged included."""
+        return [trial for trial in self.trials if trial.state == TrialState.COMPLETE]
+
+    @cached_property
+    def well(self) -> Sequence[FrozenTrial]:
+        """Those that did not diverge."""
+        return [trial for trial in self.finished if _ended_well(trial)]
+
+    @cached_property
+    def _by_point(self) -> Mapping[tuple[float, ...], Sequence[FrozenTrial]]:
+        found: dict[tuple[float, ...], list[FrozenTrial]] = {}
+        for trial in self.well:
+            found.setdefault(self._key(trial.params), []).append(trial)
+        return found
+
+    @cached_property
+    def _unbiased(self) -> Mapping[tuple[float, ...], Sequence[float]]:
+        """The losses by point that no choice was made by."""
+        zero = self._key({})
+        return {
+            key: [_value(t) for t in runs if key == zero or t.user_attrs.get(REPLICATE, 0)]
+            for key, runs in self._by_point.items()
+        }
+
+    @cached_property
+    def noise(self) -> tuple[float, int]:
+        """Standard deviation of a run over seeds, pooled over points, and its degrees of freedom.
+
+        NaN and 0 where no point has two unbiased runs.
+        """
+        groups = [losses for losses in self._unbiased.values() if len(losses) > 1]
+        freedom = sum(len(losses) - 1 for losses in groups)
+        squares = sum((loss - fmean(losses)) ** 2 for losses in groups for loss in losses)
+        return (math.sqrt(squares / freedom), freedom) if freedom else (math.nan, 0)
+
+    def estimate(self, point: Mapping[str, float]) -> Estimate:
+        """The loss at `point`, by all that the study knows of it."""
+        key = self._key(point)
+        losses = self._unbiased.get(key, ())
+        biased = not losses and key in self._by_point
+        if biased:
+            losses = [_value(trial) for trial in self._by_point[key]]
+        mean = fmean(losses) if losses else math.nan
+        return Estimate(mean, len(losses), biased, *self.noise)
+
+    @property
+    def start(self) -> Estimate:
+        """The loss of the base run."""
+        return self.estimate({})
+
+    @cached_property
+    def held(self) -> Sequence[Held]:
+        """The best points one after the other; empty before the first trial ended well."""
+        found: list[Held] = []
+        for since, point in self._best_after_each():
+            if not found or self._key(found[-1].point) != self._key(point):
+                found.append(Held(since, point))
+        return found
+
+    def best_after(self, trials: int) -> Mapping[str, float] | None:
+        """The point that was held for the best after so many trials; None before the first."""
+        held = [each.point for each in self.held if each.since <= trials]
+        return held[-1] if held else None
+
+    def _best_after_each(self) -> Iterator[tuple[int, Mapping[str, float]]]:
+        """(trials begun, best point), trial by trial in the order they were begun."""
+        replayed = optuna.create_study(sampler=self._sampler())
+        begun = 0
+        for trial in self.trials:
+            begun += FIRST_TRY not in trial.system_attrs
+            replayed.add_trial(trial)
+            best = incumbent(replayed) if trial.state == TrialState.COMPLETE else None
+            if best is not None:
+                yield begun, best.params
+
+    def _sampler(self) -> optuna.samplers.BaseSampler:
+        """Ours where it is the study's, since it says which point it holds; any other will do."""
+        proposals = self.study.user_attrs["identity"]["proposals"]
+        if proposals["sampler"] != "trust_region":
+            return optuna.samplers.RandomSampler()
+        return make_sampler(
+            "trust_region",
+            seed=proposals["seed"],
+            space=self.space.distributions(),
+            radius={item.name: item.radius for item in self.space.dimensions},
+            settings=proposals["options"],
+        )
+
+    def _key(self, point: Mapping[str, float]) -> tuple[float, ...]:
+        return tuple(point.get(name, 0.0) for name in self.space.names)
+
+
+def _ended_well(trial: FrozenTrial) -> bool:
+    return trial.state == TrialState.COMPLETE and not trial.user_attrs.get(DIVERGED)
+
+
+def _value(trial: FrozenTrial) -> float:
+    assert trial.value is not None, "a completed trial"
+    return trial.value

@@ -1,0 +1,95 @@
+"""Which dimensions moved the loss among the trials that a search has, and whether that is known.
+
+The loss is regressed on each dimension and its square (`surrogate.fit`: a ridge, no interactions).
+A dimension's importance is the standard deviation of its part of the fit over the trials. That is
+about these trials: a dimension that hardly moved, or whose runs diverged, is not seen, and few
+trials tell few dimensions apart. So two numbers say how far to trust it: how much of the loss of
+trials that were left out the fit predicts, and how important dimensions look on shuffled losses.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+import numpy as np
+
+from megatron_completedp.search.history import History
+from megatron_completedp.search.surrogate import Row, Surrogate, fit
+
+#: Parts of the trials that are left out in turn.
+FOLDS = 5
+#: Shuffles of the losses.
+SHUFFLES = 10
+#: Trials that ended well below which there is nothing to say.
+LEAST = 2 * FOLDS
+
+
+@dataclass(frozen=True)
+class Importance:
+    """What the trials say of each dimension."""
+
+    nats: Mapping[str, float]
+    """Standard deviation of the dimension's part of the loss over the trials."""
+    chance: float
+    """The largest of these on shuffled losses, on average: what is below may be nothing."""
+    predicted: float
+    """Share of the variance of left-out trials that the fit predicts; below 0 is worse than the
+    mean."""
+
+
+def rows_of(history: History) -> list[Row]:
+    """The finished trials for `surrogate.fit`; a dimension that a trial lacks is at 0."""
+    names = history.space.names
+    return [
+        Row(
+            {name: trial.params.get(name, 0.0) for name in names},
+            math.nan if trial.value is None else trial.value,
+            diverged=bool(trial.user_attrs.get("diverged")),
+        )
+        for trial in history.finished
+    ]
+
+
+def importance(history: History, *, cliff: float, ceiling: float) -> Importance | None:
+    """Estimated from the runs that lie within `cliff` nats of the best; None for too few.
+
+    Runs above that say that something broke, and one of them would outweigh all the others.
+    """
+    rows = [row for row in rows_of(history) if not row.diverged]
+    if not rows:
+        return None
+    best = min(row.loss for row in rows)
+    rows = [row for row in rows if row.loss <= best + cliff]
+    if len(rows) < LEAST or len({row.loss for row in rows}) == 1:
+        return None
+    space = history.space.distributions()
+    generator = np.random.default_rng(0)
+    order = generator.permutation(len(rows))
+    losses = np.array([row.loss for row in rows])
+    predictions = np.empty(len(rows))
+    for part in np.array_split(order, FOLDS):
+        kept = [rows[i] for i in sorted(set(order.tolist()) - set(part.tolist()))]
+        found = fit(kept, space, ceiling=ceiling)
+        predictions[part] = [found.loss(rows[i].point) for i in part]
+    spread = float(((losses - losses.mean()) ** 2).sum())
+    largest = []
+    for _ in range(SHUFFLES):
+        shuffled = generator.permutation(losses)
+        null = [Row(row.point, float(loss)) for row, loss in zip(rows, shuffled, strict=True)]
+        largest.append(max(_parts(fit(null, space, ceiling=ceiling), rows).values()))
+    return Importance(
+        nats=_parts(fit(rows, space, ceiling=ceiling), rows),
+        chance=fmean(largest),
+        predicted=1 - float(((losses - predictions) ** 2).sum()) / spread,
+    )
+
+
+def _parts(found: Surrogate, rows: Sequence[Row]) -> dict[str, float]:
+    parts = {}
+    for name, valley in found.valleys.items():
+        x = np.array([row.point[name] for row in rows])
+        parts[name] = float(np.std((valley.slope + valley.curvature * x) * x))
+    return parts

@@ -1,0 +1,299 @@
+"""`search report`: what a search found, how sure that is, and what it cost, on one page.
+
+Drawn from the study's database, of which OUT/trials.jsonl is written; or from that file alone.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+
+import optuna
+
+from megatron_completedp.config.load import load_config
+from megatron_completedp.errors import ConfigError
+from megatron_completedp.plan.run_plan import Plan
+from megatron_completedp.search.history import Estimate, History, half_width
+from megatron_completedp.search.importance import Importance, importance, rows_of
+from megatron_completedp.search.ledger import ENDS, Ledger
+from megatron_completedp.search.objective import Objective
+from megatron_completedp.search.report_figures import (
+    SHOWN,
+    cell,
+    draw_cliffs,
+    draw_heat_map,
+    draw_importance,
+    draw_profiles,
+    draw_progress,
+    heat_map_size,
+    profiles,
+    short,
+)
+from megatron_completedp.search.settings import DATABASE_FILE
+from megatron_completedp.search.surrogate import Valley, fit
+from megatron_completedp.search.trials_file import FILE, read_export, write_export
+from megatron_completedp.search.worker import Search, read
+from megatron_completedp.study.report import FigureSpec, Finding, Report, Table
+from megatron_completedp.study.results import differences
+
+#: Standard errors by which the best point must be better than the start.
+LEAST_GAIN = 2.0
+
+#: Changes of the best point that the table names.
+LISTED = 12
+
+
+def load(search: Search) -> optuna.Study:
+    """The study: of its database, and then exported to OUT/trials.jsonl, or of that file.
+
+    Raises ConfigError when there is neither, and for a study that is another search.
+    """
+    file = search.out / FILE
+    here = search.out / DATABASE_FILE
+    if not search.settings.database.url and not here.exists() and file.exists():
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        study = read_export(file)
+    else:
+        study = read(search)
+        write_export(study, file)
+    # As it reads back: a tuple is a list.
+    now = json.loads(json.dumps(search.objective().identity))
+    kept = {name: study.user_attrs["identity"].get(name) for name in now}
+    if found := list(differences(kept, now)):
+        raise ConfigError(
+            f"the study in {search.out} is another search than these settings: {'; '.join(found)}. "
+            "Correct --out, or restore what differs."
+        )
+    return study
+
+
+def report(search: Search, *, target: str | None, command: str) -> Report:
+    """The report; `target` is the YAML of the run that the search is for."""
+    study, objective = load(search), search.objective()
+    history = History(study, objective.space)
+    if not history.held:
+        raise ConfigError(
+            f"no trial of {search.settings.name!r} has ended well yet; there is nothing to report."
+        )
+    point = history.held[-1].point
+    start, best = history.start, history.estimate(point)
+    weights = importance(history, cliff=1.0, ceiling=objective.ceiling)
+    return Report(
+        title=f"Search {study.study_name}",
+        question="Is the best point better than the start by more than the noise of the seeds?",
+        command=command,
+        findings=_findings(start, best),
+        figures=_figures(history, objective, point, weights),
+        tables=(
+            _loss_table(start, best),
+            _changes_table(point, weights),
+            _cost_table(search, study, target),
+        ),
+        settings=_settings(search, study, objective, history),
+        exceptions=_limits(history, start, best, weights),
+    )
+
+
+def _findings(start: Estimate, best: Estimate) -> tuple[Finding, ...]:
+    gain, error = _gain(start, best)
+    half = half_width(error, best.freedom)
+    known = not math.isnan(error)
+    note = f"{gain:.4f} +- {half:.4f} nats/token (95 %)" if known else _why_unknown(start, best)
+    return (
+        Finding(
+            what="gain of the best point over the start, in its standard errors",
+            value=gain / error if known and error > 0 else math.nan,
+            low=LEAST_GAIN,
+            high=math.inf,
+            note=note,
+        ),
+    )
+
+
+def _gain(start: Estimate, best: Estimate) -> tuple[float, float]:
+    """Nats by which `best` is lower, and the standard error of that."""
+    error = math.hypot(start.standard_error, best.standard_error)
+    return start.mean - best.mean, error
+
+
+def _why_unknown(start: Estimate, best: Estimate) -> str:
+    if math.isnan(start.mean):
+        return "the start was not run in this study"
+    if best.biased:
+        return (
+            "the best point was not run again, and was chosen for its one low run; `search "
+            "compare` trains it with fresh seeds"
+        )
+    return "no point was run twice, so the noise of the seeds is not known"
+
+
+def _figures(
+    history: History, objective: Objective, point: Mapping[str, float], weights: Importance | None
+) -> tuple[FigureSpec, ...]:
+    names = history.space.names
+    found = [
+        FigureSpec(
+            name="progress",
+            caption=(
+                "Validation loss against trials. The line is the best point so far, at the mean of "
+                "its runs in the whole study but the one it was chosen for; dashed is the start, "
+                "the base run. Bands are 95 % intervals from the noise of the seeds, pooled over "
+                "all repeated points. Dots are single runs, triangles lie above the figure, "
+                "crosses diverged."
+            ),
+            draw=lambda figure: draw_progress(figure, history),
+            size=(6.0, 3.8),
+        ),
+    ]
+    if any(cell(name) for name in names):
+        found.append(
+            FigureSpec(
+                name="multipliers",
+                caption=(
+                    "The best point: log2 of what it multiplies, by module and hyperparameter. 0 "
+                    "is the base run, +1 twice its value. Empty cells do not exist."
+                ),
+                draw=lambda figure: draw_heat_map(figure, point),
+                size=heat_map_size(point),
+            )
+        )
+    if shown := profiles(point):
+        found.append(
+            FigureSpec(
+                name="profiles",
+                caption="The best point's depth profiles, whose geometric mean is 1.",
+                draw=lambda figure: draw_profiles(figure, point),
+                size=(9.0, 0.6 + 1.9 * math.ceil(len(shown) / 4)),
+            )
+        )
+    found.append(
+        FigureSpec(
+            name="cliffs",
+            caption=(
+                "Where runs diverged, dimension by dimension: bars span the runs that ended well, "
+                "crosses are what diverged runs had moved to, blue ticks the best point. Such a "
+                "run has a cross in every dimension that it moved and may be the fault of one; "
+                "black ticks are the fewest cliffs that a greedy search needs to explain them."
+            ),
+            draw=lambda figure: draw_cliffs(figure, history, _valleys(history, objective), point),
+            size=(6.0, 1.0 + 0.15 * len(names)),
+        )
+    )
+    if weights is not None:
+        found.append(
+            FigureSpec(
+                name="importance",
+                caption=(
+                    f"The {min(SHOWN, len(names))} dimensions with the largest part in the loss of "
+                    "these trials, by a ridge regression on each dimension and its square, without "
+                    "interactions. Grey bars are below what shuffled losses give (dashed). The fit "
+                    f"predicts {weights.predicted:.0%} of the variance of left-out trials."
+                ),
+                draw=lambda figure: draw_importance(figure, weights),
+                size=(6.0, 4.4),
+            )
+        )
+    return tuple(found)
+
+
+def _valleys(history: History, objective: Objective) -> Mapping[str, Valley]:
+    if len(history.well) < 2:
+        return {}
+    space = history.space.distributions()
+    return fit(rows_of(history), space, ceiling=objective.ceiling).valleys
+
+
+def _loss_table(start: Estimate, best: Estimate) -> Table:
+    rows = []
+    for name, each in (("start", start), ("best point", best)):
+        interval = "-" if math.isnan(each.half_width) else f"+- {each.half_width:.4f}"
+        rows.append((name, f"{each.mean:.4f}", interval, str(each.runs)))
+    return Table(
+        title="Loss",
+        header=("point", "validation loss", "95 % interval", "runs"),
+        rows=tuple(rows),
+        note=(
+            f"Nats per token. One run scatters by {best.noise:.4f} over seeds "
+            f"({best.freedom} degrees of freedom)."
+        ),
+    )
+
+
+def _changes_table(point: Mapping[str, float], weights: Importance | None) -> Table:
+    ranked = sorted(point.items(), key=lambda item: -abs(item[1]))[:LISTED]
+    rows = []
+    for name, value in ranked:
+        part = "-" if weights is None else f"{weights.nats[name]:.4f}"
+        rows.append((short(name), f"{math.exp(value):.3g}", f"{value / math.log(2):+.2f}", part))
+    return Table(
+        title="Largest changes",
+        header=("dimension", "factor", "log2", "importance"),
+        rows=tuple(rows),
+        note="Of the best point against the base run; a large change need not matter.",
+    )
+
+
+def _cost_table(search: Search, study: optuna.Study, target: str | None) -> Table:
+    ledger = Ledger.of(study.get_trials(deepcopy=False), ranks=search.settings.ranks)
+    rows = []
+    for end in ENDS:
+        if entries := [entry for entry in ledger.entries if entry.end == end]:
+            flops = sum(entry.flops for entry in entries)
+            seconds = sum(entry.device_seconds for entry in entries)
+            rows.append((end, str(len(entries)), f"{flops:.3g}", f"{seconds / 3600:.2f}"))
+    total = (f"{ledger.flops:.3g}", f"{ledger.device_seconds / 3600:.2f}")
+    rows.append(("in all", str(len(ledger.entries)), *total))
+    note = "6 x parameters x tokens, tries that were repeated, diverged or stopped included."
+    if target is not None:
+        flops = Plan.of(load_config(target)).budget.flops
+        note += f" That is {ledger.flops / flops:.3g} of the {flops:.3g} FLOPs of {target}."
+    return Table(
+        title="Cost",
+        header=("tries", "count", "FLOPs", "device-hours"),
+        rows=tuple(rows),
+        note=note,
+    )
+
+
+def _settings(
+    search: Search, study: optuna.Study, objective: Objective, history: History
+) -> dict[str, str]:
+    base, proposals = objective.base, study.user_attrs["identity"]["proposals"]
+    options = ", ".join(f"{name} {value}" for name, value in proposals["options"].items())
+    diverged = len(history.finished) - len(history.well)
+    return {
+        "base run": search.settings.run,
+        "base": (
+            f"width {base.model.hidden_size}, {base.model.num_layers} layers, "
+            f"{base.model.parameters:,} parameters, {base.train_tokens:,} tokens"
+        ),
+        "level": f"{objective.space.level}, {len(objective.space.dimensions)} dimensions",
+        "sampler": f"{proposals['sampler']}, seed {proposals['seed']}"
+        + (f", {options}" if options else ""),
+        "trials": f"{len(history.finished)} finished, of which {diverged} diverged",
+        "seeds per trial": str(objective.seeds),
+        "code": ", ".join(study.user_attrs["code"]),
+    }
+
+
+def _limits(
+    history: History, start: Estimate, best: Estimate, weights: Importance | None
+) -> tuple[str, ...]:
+    limits = [
+        "The loss is that on the split the search chose by: the best point's is a little too low, "
+        "as text goes. `search recipe` and `search transfer` measure on text that no trial saw.",
+        "The seeds of the start's runs and of the best point's are partly the same, and so is the "
+        "order of their data; the intervals take them for independent, which makes them wider.",
+    ]
+    if math.isnan(_gain(start, best)[1]):
+        limits.append(f"There is no interval: {_why_unknown(start, best)}.")
+    if weights is None:
+        limits.append("Too few trials ended well to estimate any importance.")
+    else:
+        limits.append(
+            f"Importance is about {len(history.well)} trials near the path of this search in "
+            f"{len(history.space.dimensions)} dimensions. It sees no interactions and not what was "
+            "hardly moved; dimensions that moved together share their part by chance."
+        )
+    return tuple(limits)

@@ -1,0 +1,82 @@
+"""The figure of `search transfer`: loss against tokens, and the tokens that a recipe saves."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from matplotlib.ticker import FuncFormatter
+
+from megatron_completedp.search.transfer_runs import Curve, Saving
+from megatron_completedp.study.fit import mean_curve
+from megatron_completedp.study.plot import COLORS, label_lines, log2_axis
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+def draw_transfer(
+    figure: Figure,
+    curves: Mapping[str, Mapping[str, Sequence[Curve]]],
+    savings: Mapping[str, Saving],
+) -> None:
+    """A panel per size, a line per recipe; an arrow from the baseline's tokens to those needed.
+
+    `curves` are per seed, by size and then recipe; `savings` are the judged recipe's by size.
+    """
+    panels = figure.subplots(1, len(curves), squeeze=False)[0]
+    for axes, (size, by_recipe) in zip(panels, curves.items(), strict=True):
+        for (recipe, seeds), color in zip(by_recipe.items(), COLORS, strict=False):
+            _draw_curve(axes, recipe, seeds, color)
+        _draw_arrow(axes, savings[size])
+        tokens = sorted({2**x for seeds in by_recipe.values() for x in seeds[0]})
+        log2_axis(axes, tokens)
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
+        axes.margins(x=0.08, y=0.12)
+        axes.set(title=size, xlabel="tokens")
+        label_lines(axes)
+    panels[0].set_ylabel("held-out loss (nats/token)")
+
+
+def _draw_curve(axes: Axes, recipe: str, seeds: Sequence[Curve], color: str) -> None:
+    means = {x: loss for x, loss in mean_curve(seeds).items() if math.isfinite(loss)}
+    tokens = [2**x for x in means]
+    axes.plot(tokens, list(means.values()), "o-", color=color, markersize=4, label=recipe)
+    axes.fill_between(
+        tokens,
+        [min(seed[x] for seed in seeds) for x in means],
+        [max(seed[x] for seed in seeds) for x in means],
+        color=color,
+        alpha=0.2,
+        linewidth=0,
+    )
+
+
+def _draw_arrow(axes: Axes, found: Saving) -> None:
+    if math.isnan(found.needed):
+        return
+    start, end = 2**found.reference, 2**found.needed
+    axes.annotate(
+        "",
+        xy=(end, found.level),
+        xytext=(start, found.level),
+        arrowprops={"arrowstyle": "->", "color": "#333333", "linewidth": 1.4},
+    )
+    axes.annotate(
+        f"{found.ratio:.2f}x",
+        (math.sqrt(start * end), found.level),
+        xytext=(0, -4),
+        textcoords="offset points",
+        ha="center",
+        va="top",
+    )
+
+
+def _short(tokens: float) -> str:
+    """102400 as 0.10M."""
+    for size, unit in ((1e9, "B"), (1e6, "M")):
+        if tokens >= 0.1 * size:
+            return f"{tokens / size:.3g}{unit}"
+    return f"{tokens / 1e3:.3g}k"
