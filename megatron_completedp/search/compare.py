@@ -1,0 +1,105 @@
+"""Samplers against each other on a surrogate, at equal budget.
+
+Every sampler has the same number of runs, of which the first is the base run: trust_region runs it
+by itself, the others are given it. Repeated runs count like any other.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import optuna
+
+from megatron_completedp.search.samplers import make_sampler, quiet
+from megatron_completedp.search.surrogate import Surrogate
+from megatron_completedp.search.trust_region import TrustRegionSampler
+from megatron_completedp.search.trust_trials import DIVERGED
+
+
+@dataclass(frozen=True)
+class Step:
+    """Where a sampler stands after one more run."""
+
+    sampler: str
+    repeat: int
+    runs: int
+    """Runs spent so far."""
+    loss: float
+    """Loss without noise of the point that the sampler recommends: its incumbent for trust_region,
+    that of the lowest observed loss for the others."""
+    diverged: int
+    """Runs that fell off a cliff so far."""
+    proposal_s: float
+    """CPU seconds of this proposal, with what Optuna does to store it in memory."""
+
+
+def compare(
+    surrogate: Surrogate,
+    samplers: Mapping[str, Mapping[str, Any]] | Sequence[str],
+    *,
+    runs: int,
+    repeats: int,
+    radius: float | Mapping[str, float] = 0.5,
+) -> Iterator[Step]:
+    """The steps of every sampler, repeat by repeat; repeat r has the seed r.
+
+    `samplers` are names of `samplers.SamplerName`, or labels with settings, in which `name` names
+    the sampler where the label does not: {"no guard": {"name": "trust_region", "guard": 0}}.
+    """
+    if not isinstance(samplers, Mapping):
+        samplers = {name: {} for name in samplers}
+    for label, settings in samplers.items():
+        rest = dict(settings)
+        name = rest.pop("name", label)
+        for repeat in range(repeats):
+            sampler = make_sampler(
+                name, seed=repeat, space=surrogate.space, radius=radius, settings=rest
+            )
+            with _silent():
+                yield from _steps(surrogate, label, sampler, runs, repeat)
+
+
+def _steps(
+    surrogate: Surrogate,
+    label: str,
+    sampler: optuna.samplers.BaseSampler,
+    runs: int,
+    repeat: int,
+) -> Iterator[Step]:
+    study = optuna.create_study(sampler=sampler)
+    if not isinstance(sampler, TrustRegionSampler):
+        study.enqueue_trial(dict.fromkeys(surrogate.space, 0.0))
+    # Apart from the samplers' own streams, which are seeded by the repeat as well.
+    noise = np.random.default_rng([repeat, 1])
+    lowest, loss, diverged = np.inf, np.inf, 0
+    for count in range(1, runs + 1):
+        began = time.process_time()
+        trial = study.ask(surrogate.space)
+        proposal_s = time.process_time() - began
+        observed = surrogate.observe(trial.params, noise)
+        if surrogate.diverges(trial.params):
+            diverged += 1
+            trial.set_user_attr(DIVERGED, True)
+        study.tell(trial, observed)
+        if isinstance(sampler, TrustRegionSampler):
+            loss = surrogate.loss(sampler.params(study, sampler.state(study).incumbent))
+        elif observed < lowest:
+            lowest, loss = observed, surrogate.loss(trial.params)
+        yield Step(label, repeat, count, loss, diverged, proposal_s)
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """A study per repeat would say at each creation that it was created."""
+    before = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    try:
+        with quiet():
+            yield
+    finally:
+        optuna.logging.set_verbosity(before)
