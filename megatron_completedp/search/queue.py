@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import optuna
@@ -94,20 +95,39 @@ class Queue:
             trials = self._repaired()
         return begun(trials) >= self.trials and all(t.state.is_finished() for t in trials)
 
-    def complete(self, taken: Taken, facts: Facts) -> None:
-        """Enter the result. May be called again after a failure of the database."""
-        self._end(taken, asdict(facts), value=self.objective.value(facts))
+    def complete(
+        self, taken: Taken, facts: Facts, curve: Mapping[int, float] = MappingProxyType({})
+    ) -> None:
+        """Enter the result, and the run's training loss by step, as far as it was followed.
+
+        May be called again after a failure of the database.
+        """
+        value = self.objective.value(facts)
+        self._end(taken, asdict(facts), TrialState.COMPLETE, value=value, curve=curve)
+
+    def prune(self, taken: Taken, cost: Cost, curve: Mapping[int, float]) -> None:
+        """The run fell behind and was stopped; the trial has ended."""
+        self._end(taken, asdict(cost), TrialState.PRUNED, curve=curve)
 
     def give_back(self, taken: Taken, cost: Cost | None = None) -> None:
         """A signal or an error ended the try; whoever asks next goes on with its run."""
-        self._end(taken, {STOPPED: True, **(asdict(cost) if cost else {})}, value=None)
+        self._end(taken, {STOPPED: True, **(asdict(cost) if cost else {})}, TrialState.FAIL)
 
-    def _end(self, taken: Taken, attributes: Mapping[str, Any], *, value: float | None) -> None:
+    def _end(
+        self,
+        taken: Taken,
+        attributes: Mapping[str, Any],
+        state: TrialState,
+        *,
+        value: float | None = None,
+        curve: Mapping[int, float] = MappingProxyType({}),
+    ) -> None:
         trial = taken.trial
         try:
+            for step, loss in curve.items():
+                trial.report(loss, step)
             for name, item in attributes.items():
                 trial.set_user_attr(name, item)
-            state = TrialState.FAIL if value is None else None
             self.study.tell(trial, value, state=state, skip_if_finished=True)
         except UpdateFinishedTrialError:
             # Ended before: by this call, whose answer was lost, or as its heartbeats were.

@@ -91,15 +91,16 @@ def _sleep(seconds: float, stop: Stop | None) -> None:
         time.sleep(min(0.25, seconds))
 
 
-def connect(url: str, database: DatabaseSettings) -> RDBStorage:
+def connect(url: str, database: DatabaseSettings, out: Path) -> RDBStorage:
     """Optuna's storage behind `url`, its tables made where they are missing.
 
-    Raises ConfigError for a URL that is none or whose driver is not installed.
+    `out` is the output folder, for a lock: of two workers that make the tables at once, one would
+    fail. Raises ConfigError for a URL that is none or whose driver is not installed.
     """
     try:
         backend = make_url(url).get_backend_name()
         timeout = {"sqlite": {"timeout": 60}, "postgresql": {"connect_timeout": 10}}
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), claim(out / "claims" / "tables", wait=True):
             warnings.simplefilter("ignore", ExperimentalWarning)  # heartbeats
             storage = RDBStorage(
                 url,
@@ -130,7 +131,7 @@ def open_study(
     Raises ConfigError, with the differences, for a study of another identity, and for one whose
     workers share another output folder.
     """
-    # One at a time: two that make the same tables or study at once would both fail.
+    # One at a time, so that the first one's identity stands when the next one looks.
     with claim(out / "claims" / "study", wait=True), _quiet():
         study = optuna.create_study(
             storage=storage, study_name=name, direction="minimize", load_if_exists=True

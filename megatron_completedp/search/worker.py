@@ -10,7 +10,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from ctypes import c_bool
 from dataclasses import dataclass
 from functools import partial
@@ -28,6 +28,7 @@ from megatron_completedp.config.load import build, load_config, to_tree
 from megatron_completedp.data.claims import claim
 from megatron_completedp.errors import CompletedPError, ConfigError
 from megatron_completedp.search.objective import Facts, Objective
+from megatron_completedp.search.pruning import Pruner
 from megatron_completedp.search.queue import Queue, Taken
 from megatron_completedp.search.samplers import make_sampler
 from megatron_completedp.search.settings import DATABASE_FILE, SearchSettings, database_url
@@ -69,13 +70,14 @@ class Search:
             "sampler": settings.sampler,
             "options": dict(settings.sampler_options),
             "seed": settings.seed,
+            "prune": settings.prune,
         }
         identity = {**objective.identity, "proposals": proposals}
 
         self.out.mkdir(parents=True, exist_ok=True)
 
         def enter() -> Queue:
-            storage = connect(database_url(settings, self.out), settings.database)
+            storage = connect(database_url(settings, self.out), settings.database, self.out)
             study = open_study(storage, settings.name, self.out, identity=identity)
             return Queue(
                 study=study,
@@ -99,7 +101,8 @@ def read(search: Search) -> optuna.Study:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     url = database_url(settings, search.out)
     study = persist(
-        lambda: load_study(connect(url, settings.database), settings.name), settings.database
+        lambda: load_study(connect(url, settings.database, search.out), settings.name),
+        settings.database,
     )
     study.sampler = _sampler(settings, search.objective().space)(0)
     return study
@@ -172,19 +175,33 @@ def _work(search: Search, name: str, stop: Stop) -> None:
 
 def _train(queue: Queue, taken: Taken, search: Search, stop: Stop) -> None:
     """Train one trial and enter its result, or give it back."""
-    trial, database = taken.trial, search.settings.database
+    trial, database, objective = taken.trial, search.settings.database, queue.objective
+    params = trial.params
+    pruner = _pruner(queue, taken, params) if search.settings.prune else None
     try:
-        with heartbeat(queue.storage, trial._trial_id):
-            found = queue.objective.train(trial.params, name=taken.name, replicate=taken.replicate)
+        with heartbeat(queue.storage, trial._trial_id), pruner or nullcontext():
+            found = objective.train(params, name=taken.name, replicate=taken.replicate)
     except CompletedPError:
         persist(lambda: queue.give_back(taken), database, stop)
         raise
+    curve = pruner.losses if pruner else {}
     if isinstance(found, Facts):
-        persist(lambda: queue.complete(taken, found), database, stop)
-        logger.info("trial %d: %.4f", trial.number, queue.objective.value(found))
+        persist(lambda: queue.complete(taken, found, curve), database, stop)
+        logger.info("trial %d: %.4f", trial.number, objective.value(found))
+    elif pruner and pruner.stopped:
+        persist(lambda: queue.prune(taken, found, curve), database, stop)
+        logger.info("trial %d was pruned", trial.number)
     else:
         stop.value = True  # the signal may have come to this process alone
         persist(lambda: queue.give_back(taken, found), database)
+
+
+def _pruner(queue: Queue, taken: Taken, params: Mapping[str, float]) -> Pruner:
+    """For the trial's first run, against the trials that have ended by now."""
+    runs = queue.objective.configs(params, name=taken.name, replicate=taken.replicate)
+    _, config = next(iter(runs))
+    trials = queue.study.get_trials(deepcopy=False)
+    return Pruner(Path(config.run_dir), steps=config.steps, trials=trials)
 
 
 def _sampler(

@@ -1,0 +1,75 @@
+"""A search in a database of its own, without training, for tests of what surrounds it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import optuna
+
+from megatron_completedp.config.load import build
+from megatron_completedp.config.run import RunConfig
+from megatron_completedp.search.objective import Cost, Facts, Objective
+from megatron_completedp.search.queue import Queue
+from megatron_completedp.search.settings import DatabaseSettings, SearchSettings
+from megatron_completedp.search.storage import connect, open_study
+
+RUN: dict[str, Any] = {
+    "run_dir": "unused",
+    "hyperparams": {"lr": 0.01},
+    "model": {
+        "num_layers": 2,
+        "hidden_size": 64,
+        "ffn_hidden_size": 128,
+        "num_attention_heads": 2,
+        "head_dim": 32,
+        "vocab_size": 512,
+        "seq_length": 64,
+    },
+    "training": {"global_batch_size": 8, "train_steps": 10, "device": "cpu"},
+    "data": {"train": ["train"], "valid": ["valid"]},
+}
+
+
+def settings(**changes: Any) -> SearchSettings:
+    """A search of the global level; `changes` as in its YAML."""
+    return build(SearchSettings, {"run": "run.yaml", "level": "global", "trials": 3, **changes})
+
+
+def objective(out: Path, **changes: Any) -> Objective:
+    """Its trials around RUN."""
+    return Objective.of(settings(**changes), build(RunConfig, RUN), out)
+
+
+def queue(
+    out: Path,
+    *,
+    worker: str = "worker",
+    trials: int = 3,
+    retries: int = 2,
+    database: DatabaseSettings | None = None,
+) -> Queue:
+    """The queue as a worker sees it; every call is another worker."""
+    out.mkdir(parents=True, exist_ok=True)
+    runs = objective(out)
+    storage = connect(f"sqlite:///{out / 'study.db'}", database or DatabaseSettings(), out)
+    return Queue(
+        study=open_study(storage, "study", out, identity=runs.identity),
+        storage=storage,
+        sampler=optuna.samplers.RandomSampler,
+        objective=runs,
+        out=out,
+        trials=trials,
+        retries=retries,
+        worker=worker,
+    )
+
+
+#: What a try cost.
+COST = Cost(seconds=2.0, steps=4, tokens=2048, flops=1e9)
+
+
+def facts(*losses: float | None) -> Facts:
+    """A finished trial with these losses."""
+    diverged = losses[-1] is None
+    return Facts(**vars(COST), losses=losses, diverged=diverged, configs=("trials/0000.yaml",))

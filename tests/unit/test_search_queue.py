@@ -1,0 +1,199 @@
+"""Who gets which trial: new ones, and those whose worker was stopped, killed or lost."""
+
+from __future__ import annotations
+
+import json
+import time
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("optuna")
+
+from optuna.trial import FrozenTrial, TrialState
+from search_samples import COST, facts, queue
+
+from megatron_completedp.search.queue import Queue, begun
+from megatron_completedp.search.settings import DatabaseSettings
+from megatron_completedp.search.storage import heartbeat
+
+
+def take(one: Queue, held: ExitStack) -> int:
+    taken = one.take(held)
+    assert taken is not None
+    return taken.trial.number
+
+
+def trials(one: Queue) -> list[FrozenTrial]:
+    return one.study.get_trials(deepcopy=False)
+
+
+def states(one: Queue) -> list[str]:
+    return [trial.state.name for trial in trials(one)]
+
+
+def test_a_trial_gets_its_result_and_the_search_ends(tmp_path: Path) -> None:
+    one = queue(tmp_path, trials=1)
+    with ExitStack() as held:
+        taken = one.take(held)
+        assert taken is not None
+        assert (taken.name, taken.replicate) == ("0000", 0)
+        assert not one.finished()
+        one.complete(taken, facts(3.0, 4.0))
+    assert one.take(ExitStack()) is None
+    assert one.finished()
+    (trial,) = trials(one)
+    assert trial.value == 3.5
+    assert trial.user_attrs["losses"] == [3.0, 4.0]
+    assert trial.user_attrs["worker"] == "worker"
+    assert trial.user_attrs["flops"] == 1e9
+
+
+def test_a_diverged_trial_is_a_result_at_the_ceiling(tmp_path: Path) -> None:
+    one = queue(tmp_path, trials=1)
+    with ExitStack() as held:
+        taken = one.take(held)
+        assert taken is not None
+        one.complete(taken, facts(3.0, None))
+    (trial,) = trials(one)
+    assert trial.state == TrialState.COMPLETE
+    assert trial.value == one.objective.ceiling == pytest.approx(6.238, abs=1e-3)  # ln 512
+    assert trial.user_attrs["diverged"] is True
+    assert one.finished()
+
+
+def test_two_workers_never_train_the_same_trial(tmp_path: Path) -> None:
+    one, two = queue(tmp_path, trials=2), queue(tmp_path, trials=2)
+    with ExitStack() as first, ExitStack() as second:
+        assert take(one, first) != take(two, second)
+        # Neither is taken for dead by the other, and no third is begun.
+        assert one.take(ExitStack()) is None
+        assert two.take(ExitStack()) is None
+        assert states(one) == ["RUNNING", "RUNNING"]
+        assert not one.finished()
+
+
+def test_a_dead_workers_trial_is_repeated_at_once(tmp_path: Path) -> None:
+    dead, other = queue(tmp_path), queue(tmp_path)
+    with ExitStack() as held:
+        take(dead, held)
+    # The lock has gone with the worker; the trial runs still, as far as the study knows.
+    with ExitStack() as held:
+        taken = other.take(held)
+        assert taken is not None
+        assert (taken.trial.number, taken.name) == (1, "0000"), "same folder"
+        first, second = trials(other)
+        assert first.state == TrialState.FAIL
+        assert first.params == taken.trial.params
+        assert second.system_attrs["failed_trial"] == 0
+        assert begun(trials(other)) == 1
+
+
+def test_a_dead_worker_whose_lock_is_left_is_found_by_its_heartbeats(tmp_path: Path) -> None:
+    database = DatabaseSettings(heartbeat_s=1, grace_s=2)
+    lost, other = queue(tmp_path, database=database), queue(tmp_path, database=database)
+    with ExitStack() as held, ExitStack() as mine:
+        taken = lost.take(held)
+        assert taken is not None
+        with heartbeat(lost.storage, taken.trial._trial_id):
+            time.sleep(2.5)
+            assert take(other, mine) == 1, "signs of life keep a trial for its worker"
+        # Databases keep whole seconds: the grace period and one more.
+        time.sleep(3.5)
+        again = other.take(mine)
+        assert again is not None
+        assert again.trial.params == taken.trial.params
+        assert again.name == "0000-again1", "the lost one may still write into its folder"
+        # It was not dead, after all: its result comes too late, and breaks nothing.
+        lost.complete(taken, facts(3.0))
+        assert trials(other)[0].state == TrialState.FAIL
+
+
+def test_a_trial_is_repeated_only_so_often(tmp_path: Path) -> None:
+    one = queue(tmp_path, trials=1, retries=2)
+    for _ in range(3):
+        with ExitStack() as held:
+            take(one, held)
+    assert one.take(ExitStack()) is None
+    assert states(one) == ["FAIL", "FAIL", "FAIL"]
+    assert [trial.system_attrs.get("retry_history") for trial in trials(one)] == [None, [0], [0, 1]]
+    assert one.finished(), "one bad trial does not hold up the search"
+
+
+def test_stops_by_a_signal_do_not_count(tmp_path: Path) -> None:
+    one = queue(tmp_path, trials=1, retries=0)
+    for _ in range(3):
+        with ExitStack() as held:
+            taken = one.take(held)
+            assert taken is not None
+            one.give_back(taken, COST)
+    with ExitStack() as held:
+        taken = one.take(held)
+        assert taken is not None
+        assert taken.name == "0000"
+        assert "stopped" not in taken.trial.user_attrs, "of the try before"
+        one.complete(taken, facts(3.0))
+    assert states(one) == ["FAIL", "FAIL", "FAIL", "COMPLETE"]
+    assert trials(one)[0].user_attrs["seconds"] == COST.seconds
+
+
+def test_a_worker_that_dies_between_failing_and_repeating_loses_nothing(tmp_path: Path) -> None:
+    one = queue(tmp_path, trials=1)
+    with ExitStack() as held:
+        taken = one.take(held)
+        assert taken is not None
+    one.storage.set_trial_state_values(taken.trial._trial_id, TrialState.FAIL)
+    assert not queue(tmp_path, trials=1).finished()
+    assert states(one) == ["FAIL", "WAITING"]
+
+
+def test_a_worker_that_dies_while_it_asks_loses_nothing(tmp_path: Path) -> None:
+    one = queue(tmp_path, trials=1)
+    one.study.ask({"hyperparams.lr": one.objective.space.distributions()["hyperparams.lr"]})
+    with ExitStack() as held:
+        taken = one.take(held)
+        assert taken is not None
+        assert set(taken.trial.params) == set(one.objective.space.names)
+        assert taken.trial.params["hyperparams.lr"] == trials(one)[0].params["hyperparams.lr"]
+
+
+def test_the_result_may_be_entered_twice(tmp_path: Path) -> None:
+    """The database took it, and went away before it said so."""
+    one = queue(tmp_path, trials=1)
+    with ExitStack() as held:
+        taken = one.take(held)
+        assert taken is not None
+        one.complete(taken, facts(3.0))
+        one.complete(taken, facts(3.0))
+    assert states(one) == ["COMPLETE"]
+
+
+def test_what_a_dead_try_cost_is_read_from_its_folder(tmp_path: Path) -> None:
+    one = queue(tmp_path)
+    with ExitStack() as held:
+        taken = one.take(held)
+        assert taken is not None
+        one.give_back(taken, COST)  # 4 steps, saved
+    with ExitStack() as held:
+        taken = one.take(held)
+        assert taken is not None
+        folder = tmp_path / "trials" / taken.name
+        folder.mkdir(parents=True)
+        rows = [{"kind": "train", "step": step, "loss": 3.0} for step in range(1, 8)]
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / "metrics.jsonl").write_text(text)
+    with ExitStack() as held:
+        take(one, held)
+    dead = trials(one)[1].user_attrs
+    assert dead["steps"] == 7 - COST.steps
+    assert dead["tokens"] == 3 * 8 * 64
+    assert dead["flops"] == 6 * one.objective.base.model.parameters * dead["tokens"]
+    assert 0 <= dead["seconds"] < 60
+
+
+def test_replicates_never_share_a_seed(tmp_path: Path) -> None:
+    runs = queue(tmp_path).objective
+    seeds = [seed for replicate in range(5) for seed in runs.seeds_of(replicate)]
+    assert len(set(seeds)) == len(seeds)
+    assert runs.seeds_of(0)[0] == runs.base.seed
