@@ -170,7 +170,7 @@ def draw_profiles(figure: Figure, point: Mapping[str, float]) -> None:
             label = module if len(of) > 1 else "_all"
             axes.plot(depths, values, "o-", color=color, markersize=4, label=label)
         axes.set_title(name.replace("one_minus_", "1 - "), fontsize=9)
-        axes.set_xlim(0, 1)
+        axes.set_xticks([0, 0.5, 1], ["0", "1/2", "1"])
         if len(of) > 1:
             axes.legend(fontsize=5, ncols=2)
     for axes in panels.flat[len(found) :]:
