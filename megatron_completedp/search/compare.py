@@ -79,7 +79,7 @@ def _steps(
     lowest, loss, diverged = np.inf, np.inf, 0
     for count in range(1, runs + 1):
         began = time.process_time()
-        trial = study.ask(surrogate.space)
+        trial = study.ask({**surrogate.space})
         proposal_s = time.process_time() - began
         observed = surrogate.observe(trial.params, noise)
         if surrogate.diverges(trial.params):

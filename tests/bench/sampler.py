@@ -45,7 +45,7 @@ def filled(surrogate: Surrogate, trials: int) -> list[optuna.trial.FrozenTrial]:
     study = optuna.create_study(sampler=sampler)
     noise = np.random.default_rng(0)
     for _ in range(trials):
-        trial = study.ask(surrogate.space)
+        trial = study.ask({**surrogate.space})
         study.tell(trial, surrogate.observe(trial.params, noise))
     return study.trials
 
