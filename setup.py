@@ -40,6 +40,8 @@ setup(
         "search": ["optuna>=4", "cmaes", "scipy", "psycopg[binary]"],
         # The sampler turbo.
         "turbo": ["botorch"],
+        # tools/convert_checkpoint.py: protobuf reads SentencePiece models.
+        "hf": ["transformers>=5", "safetensors", "tokenizers", "protobuf"],
         "tensorboard": ["tensorboard"],
         "test": ["pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "types-PyYAML"],
     },

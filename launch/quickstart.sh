@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # From a fresh clone to a transferred run: environment, text, tokenizer, a tuned proxy, then a target
 # of 2x width, 2x depth, 2x batch and 4x tokens on two processes, once with the transferred
-# hyperparameters and once under `sp` with the proxy's own. Started again, it resumes what is missing.
+# hyperparameters and once under `sp` with the proxy's own, and the target as a Hugging Face model.
+# Started again, it resumes what is missing.
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
 cd "$root"
@@ -35,6 +36,11 @@ train 2 --config $example/target.yaml --parametrization sp --run-dir $runs/targe
 step "result"
 python $example/compare.py --out $runs/losses.png \
   proxy=$runs/proxy target=$runs/target target_sp=$runs/target_sp
+
+step "the target as a Hugging Face model, held to the checkpoint, and a sentence from it"
+export HF_HUB_OFFLINE=1
+[ -d $runs/hf ] || python tools/convert_checkpoint.py to-hf $runs/target --out $runs/hf
+python $example/generate.py $runs/hf "Return the"
 
 cat <<TXT
 

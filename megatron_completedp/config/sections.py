@@ -41,6 +41,8 @@ class TrainingConfig:
     """Tokens over the whole run; the last batch is a whole one, so it may see a few more."""
     train_steps: int | None = None
     """Optimizer steps over the whole run; beside train_tokens it must agree with it."""
+    start_from: str | None = None
+    """Checkpoint whose weights replace the initial ones; optimizer and step start fresh."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Of weights and activations; bf16 keeps fp32 gradients and master weights."""
     clip_grad: float = 1.0

@@ -165,7 +165,7 @@ def resume(engine: Engine, folder: Path, *, allowed: Collection[str] = ()) -> Re
     found, pointer_problem = shared[0]
     notes = [pointer_problem] if pointer_problem else []
     for path in reversed(found):
-        problem = _shared_problem(path)
+        problem = shared_problem(path)
         if problem is None:
             return Resumption(path, (*notes, *load_checkpoint(engine, path, allowed=allowed)))
         notes.append(f"skipped {path.name}: {problem}")
@@ -240,8 +240,8 @@ def _check_identity(
     return [f"hyperparameters changed on request:\n{describe(changed)}"] if changed else []
 
 
-def _shared_problem(path: Path) -> str | None:
-    """What is wrong with a checkpoint, read by all ranks together; None if it verifies."""
+def shared_problem(path: Path) -> str | None:
+    """What is wrong with a checkpoint; None if it verifies. All ranks call it and share work."""
     problem = None
     try:
         verify(path, part=dist.get_rank(), parts=dist.get_world_size())

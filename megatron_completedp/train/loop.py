@@ -21,6 +21,7 @@ from megatron_completedp.config.run import RunConfig
 from megatron_completedp.errors import TrainingDiverged
 from megatron_completedp.mcore.checkpoint import Saver, resume
 from megatron_completedp.mcore.engine import Engine, StepResult
+from megatron_completedp.mcore.initial_weights import load_initial_weights
 from megatron_completedp.mcore.parallel import ParallelState
 from megatron_completedp.mcore.platform import Platform
 from megatron_completedp.train import folder as run_folder
@@ -215,6 +216,10 @@ class Run:
         """Load the newest whole checkpoint, if there is one; what there is to say about it."""
         found = resume(self.engine, self.checkpoints, allowed=self.allowed_changes)
         self.last_checkpoint = found.path
+        start_from = self.config.training.start_from
+        if found.path is None and start_from is not None:
+            load_initial_weights(self.engine, Path(start_from))
+            logger.info("weights from %s, a fresh optimizer", start_from)
         for note in found.notes:
             logger.warning("resume: %s", note)
         if found.path is not None:

@@ -1,0 +1,360 @@
+"""What must not pass: wrong exports before `verify`, and damaged or foreign input."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import Tensor
+
+pytest.importorskip("megatron.core")
+pytest.importorskip("transformers")
+
+from safetensors.torch import load_file, save_file
+
+from megatron_completedp.config.cli import run_command
+from megatron_completedp.convert import __main__ as command
+from megatron_completedp.convert import export as export_module
+from megatron_completedp.convert.export import Proof, to_hf, verify_export
+from megatron_completedp.convert.folder import whole_folder
+from megatron_completedp.convert.load import from_hf
+from megatron_completedp.convert.verify import Verification
+from megatron_completedp.core.shape import ModelShape
+from megatron_completedp.core.tables import Rules
+from megatron_completedp.data.tokenizer import train_sentencepiece
+from megatron_completedp.errors import CheckpointError, ConversionError
+from megatron_completedp.plan.run_plan import Plan
+from tests.mcore.convert_runs import convert_config, export, make_text, train
+
+Weights = dict[str, Tensor]
+SINGLE = "model.safetensors"
+LAYER = "model.layers.2."
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_text(tmp_path_factory.mktemp("text"))
+
+
+@pytest.fixture(scope="module")
+def config(text: Path) -> Any:
+    # Every fold there is: residual multipliers, softmax scale, logit multiplier.
+    rules = Rules(parametrization="completep", depth_alpha=0.75)
+    return convert_config(text, rules=rules, model={"softmax_scale": 1 / 20})
+
+
+@pytest.fixture(scope="module")
+def run(config: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train(config, tmp_path_factory.mktemp("runs") / "run")
+
+
+@pytest.fixture(scope="module")
+def good(run: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("exports") / "good"
+    export(run, text, out)
+    return out
+
+
+@pytest.fixture
+def copy(good: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(good, tmp_path / "copy"))
+
+
+def check(run: Path, folder: Path, text: Path) -> Verification:
+    return verify_export(run, folder, proof=Proof(text=str(text / "held_out.txt"), samples=2))
+
+
+def edit(folder: Path, change: Callable[[Weights], object]) -> None:
+    weights = load_file(folder / SINGLE)
+    change(weights)
+    weights = {name: weight.contiguous().clone() for name, weight in weights.items()}
+    save_file(weights, folder / SINGLE, metadata={"format": "pt"})
+
+
+def swap(weights: Weights, one: str, other: str) -> None:
+    weights[LAYER + one], weights[LAYER + other] = weights[LAYER + other], weights[LAYER + one]
+
+
+def interleave(weights: Weights, name: str, head_dim: int) -> None:
+    """Heads in the order of a layout with the group as the inner dimension."""
+    heads = weights[LAYER + name].unflatten(0, (2, -1, head_dim))
+    weights[LAYER + name] = heads.transpose(0, 1).flatten(0, 2)
+
+
+def scale(weights: Weights, name: str, factor: float) -> None:
+    weights[name] = weights[name] * factor
+
+
+#: Each is one slip of a converter; q and k differ in size, so they are swapped head by head.
+MISTAKES: dict[str, Callable[[Weights, Any], object]] = {
+    "gate and up swapped": lambda w, c: swap(w, "mlp.gate_proj.weight", "mlp.up_proj.weight"),
+    "k and v swapped": lambda w, c: swap(w, "self_attn.k_proj.weight", "self_attn.v_proj.weight"),
+    "q and k swapped": lambda w, c: swap_q_and_k(w, c.model),
+    "q and k norms swapped": lambda w, c: swap(
+        w, "self_attn.q_norm.weight", "self_attn.k_norm.weight"
+    ),
+    "heads interleaved wrongly": lambda w, c: interleave(
+        w, "self_attn.q_proj.weight", c.model.head_dim
+    ),
+    "o not folded in one layer": lambda w, c: scale(
+        w, LAYER + "self_attn.o_proj.weight", 1 / residual(c, 2).attention
+    ),
+    "down not folded in one layer": lambda w, c: scale(
+        w, LAYER + "mlp.down_proj.weight", 1 / residual(c, 2).mlp
+    ),
+    "softmax scale not folded": lambda w, c: scale(
+        w, LAYER + "self_attn.q_norm.weight", 20 / c.model.head_dim**0.5
+    ),
+    "logit multiplier not folded": lambda w, c: scale(
+        w, "lm_head.weight", 1 / Plan.of(c).resolved.logit_multiplier
+    ),
+    "one row of the vocabulary off": lambda w, c: w.update(
+        {"lm_head.weight": w["lm_head.weight"].roll(1, 0)}
+    ),
+    "a NaN": lambda w, c: w["model.norm.weight"].fill_(float("nan")),
+}
+
+
+def residual(config: Any, layer: int) -> Any:
+    return Plan.of(config).resolved.residual[layer]
+
+
+def swap_q_and_k(weights: Weights, shape: ModelShape) -> None:
+    q, k = (LAYER + f"self_attn.{name}_proj.weight" for name in "qk")
+    rows = shape.head_dim  # the first head of each
+    first = weights[q][:rows].clone()
+    weights[q][:rows], weights[k][:rows] = weights[k][:rows].clone(), first
+
+
+def test_a_copy_passes(run: Path, copy: Path, text: Path) -> None:
+    edit(copy, lambda weights: None)
+    assert check(run, copy, text).problems == []
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_verify_catches_a_mistake(
+    mistake: str, run: Path, copy: Path, text: Path, config: Any
+) -> None:
+    edit(copy, lambda weights: MISTAKES[mistake](weights, config))
+    found = check(run, copy, text)
+    assert any("logits differ" in problem for problem in found.problems), found
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("rms_norm_eps", 1e-2), ("hidden_act", "gelu"), ("rope_parameters", {"rope_theta": 9e3})],
+)
+def test_verify_catches_a_wrong_config(
+    key: str, value: object, run: Path, copy: Path, text: Path
+) -> None:
+    path = copy / "config.json"
+    config = json.loads(path.read_text())
+    if isinstance(value, dict):
+        value = {**config[key], **value}
+    path.write_text(json.dumps({**config, key: value}))
+    assert check(run, copy, text).problems
+
+
+def test_verify_catches_another_tokenizer(run: Path, copy: Path, text: Path) -> None:
+    path = copy / "tokenizer.json"
+    tree = json.loads(path.read_text())
+    merges = tree["model"]["merges"]
+    tree["model"]["merges"] = merges[len(merges) // 2 :]
+    path.write_text(json.dumps(tree))
+    assert check(run, copy, text).problems == ["the tokenizers give different ids"]
+
+
+def test_a_wrong_export_is_never_published(
+    run: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The exit code of to-hf is 1, and there is no folder."""
+    write = export_module.write_hf_weights
+
+    def wrong(folder: Path, *args: Any, **options: Any) -> None:
+        write(folder, *args, **options)
+        edit(folder, lambda w: swap(w, "mlp.gate_proj.weight", "mlp.up_proj.weight"))
+
+    monkeypatch.setattr(export_module, "write_hf_weights", wrong)
+    with pytest.raises(ConversionError, match=r"(?s)is not the one in .*was not written"):
+        export(run, text, tmp_path / "hf")
+    assert list(tmp_path.iterdir()) == []
+
+
+# Bad input.
+
+
+def test_an_interrupted_export_is_not_taken_for_whole(
+    run: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*args: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(export_module, "write_tokenizer", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        export(run, text, tmp_path / "hf")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_killed_export_leaves_a_name_that_says_so(tmp_path: Path) -> None:
+    child = os.fork()
+    if child == 0:
+        with whole_folder(tmp_path / "hf") as folder:
+            (folder / SINGLE).write_bytes(b"half")
+            os._exit(9)
+    os.waitpid(child, 0)
+    (left,) = tmp_path.iterdir()
+    assert left.name.startswith("hf.unfinished-")
+    with whole_folder(tmp_path / "hf") as folder:
+        (folder / "whole").touch()
+    assert [path.name for path in (tmp_path / "hf").iterdir()] == ["whole"]
+
+
+def test_a_folder_with_files_is_not_overwritten(run: Path, text: Path, tmp_path: Path) -> None:
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "mine").touch()
+    with pytest.raises(ConversionError, match="not an empty folder; nothing is overwritten"):
+        export(run, text, tmp_path / "hf")
+    assert [path.name for path in (tmp_path / "hf").iterdir()] == ["mine"]
+
+
+def test_a_checkpoint_without_a_shard(run: Path, text: Path, tmp_path: Path) -> None:
+    broken = Path(shutil.copytree(run, tmp_path / "run"))
+    next(broken.rglob("*.distcp")).unlink()
+    with pytest.raises(CheckpointError, match=r"distcp is missing; the manifest lists it"):
+        export(broken, text, tmp_path / "hf")
+
+
+def test_no_checkpoint_and_no_text(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="holds no checkpoint; expected the folder of a run"):
+        to_hf(tmp_path, tmp_path / "hf", proof=Proof())
+    with pytest.raises(ConversionError, match=r"no validation data .* give a file of real text"):
+        to_hf(run, tmp_path / "hf", proof=Proof())
+
+
+def test_a_tokenizer_with_more_ids_than_the_model(run: Path, text: Path, tmp_path: Path) -> None:
+    words = [(text / "held_out.txt").read_text()]
+    train_sentencepiece(words, 370, tmp_path / "large.model")
+    with pytest.raises(ConversionError, match="has 370 ids, but the model's vocab_size is 350"):
+        to_hf(run, tmp_path / "hf", tokenizer_path=str(tmp_path / "large.model"), proof=None)
+
+
+def rename(weights: Weights, old: str, new: str) -> None:
+    weights[new] = weights.pop(old)
+
+
+#: What is done to an export, and what `from_hf` says of it.
+BAD_FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "missing tensor": (
+        lambda f: edit(f, lambda w: w.pop("model.norm.weight")),
+        "model.norm.weight is missing",
+    ),
+    "unknown key": (
+        lambda f: edit(f, lambda w: rename(w, "lm_head.weight", "lm_head.bias")),
+        "lm_head.bias is unknown to this architecture",
+    ),
+    "wrong shape": (
+        lambda f: edit(f, lambda w: w.update({"lm_head.weight": w["lm_head.weight"][1:]})),
+        r"lm_head.weight has shape \(349, 96\), expected \(350, 96\)",
+    ),
+    "no weights": (lambda f: (f / SINGLE).unlink(), "has neither .* expected weights in"),
+    "pickled weights": (
+        lambda f: (f / SINGLE).rename(f / "pytorch_model.bin"),
+        "can hold code that runs",
+    ),
+    "cut file": (
+        lambda f: os.truncate(f / SINGLE, (f / SINGLE).stat().st_size - 10),
+        "damaged or incomplete",
+    ),
+    "other architecture": (
+        lambda f: set_key(f, "model_type", "llama"),
+        "model_type is 'llama'; expected one of qwen3",
+    ),
+    "biases": (lambda f: set_key(f, "attention_bias", True), "attention_bias is True"),
+    "scaled rope": (
+        lambda f: set_key(f, "rope_parameters", {"rope_type": "yarn", "rope_theta": 1e4}),
+        "rope_type is 'yarn'",
+    ),
+    "another activation": (lambda f: set_key(f, "hidden_act", "relu"), "hidden_act is 'relu'"),
+    "garbled config": (
+        lambda f: (f / "config.json").write_text("{"),
+        "config.json is missing, garbled or incomplete",
+    ),
+    "integer weights": (
+        lambda f: edit(f, lambda w: w.update({"lm_head.weight": w["lm_head.weight"].char()})),
+        "lm_head.weight is stored as I8",
+    ),
+}
+
+
+def set_key(folder: Path, key: str, value: object) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, key: value}))
+
+
+@pytest.mark.parametrize("case", BAD_FOLDERS)
+def test_from_hf_names_what_is_wrong(case: str, copy: Path, tmp_path: Path) -> None:
+    damage, message = BAD_FOLDERS[case]
+    damage(copy)
+    with pytest.raises(ConversionError, match=message):
+        from_hf(copy, tmp_path / "back")
+    assert not (tmp_path / "back").exists()
+
+
+@pytest.mark.parametrize("case", ["missing", "swapped", "garbled"])
+def test_from_hf_holds_shards_to_their_index(
+    case: str, run: Path, text: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "hf"
+    to_hf(run, folder, max_shard_bytes=300_000, proof=None)
+    first, second = sorted(folder.glob("*.safetensors"))[:2]
+    if case == "missing":
+        first.unlink()
+    elif case == "swapped":
+        content = first.read_bytes()
+        second.replace(first)
+        second.write_bytes(content)
+    else:
+        (folder / "model.safetensors.index.json").write_text("[]")
+    expected = {"missing": "is missing", "swapped": "disagree on", "garbled": "not an index"}
+    with pytest.raises(ConversionError, match=expected[case]):
+        from_hf(folder, tmp_path / "back")
+
+
+# The command.
+
+
+@pytest.fixture
+def convert(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """The command in this process, whose Megatron is started: exit code and output."""
+
+    def call(*arguments: object) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["convert_checkpoint.py", *map(str, arguments)])
+        monkeypatch.setattr(command, "_single_process", lambda: pytest.MonkeyPatch.context())
+        capsys.readouterr()
+        code = run_command(command.main)
+        captured = capsys.readouterr()
+        return code, captured.out + captured.err
+
+    return call
+
+
+def test_exit_codes_of_the_command(
+    convert: Any, run: Path, copy: Path, text: Path, tmp_path: Path
+) -> None:
+    held_out = ("--text", text / "held_out.txt")
+    code, output = convert("to-hf", run, "--out", tmp_path / "hf", *held_out)
+    assert (code, "verified" in output) == (0, True)
+    assert convert("verify", run, tmp_path / "hf", *held_out)[0] == 0
+    edit(copy, lambda w: swap(w, "mlp.gate_proj.weight", "mlp.up_proj.weight"))
+    code, output = convert("verify", run, copy, *held_out)
+    assert (code, "FAILED: logits differ" in output) == (1, True)
+    code, output = convert("from-hf", tmp_path / "hf", "--out", tmp_path / "back")
+    assert (code, "start_from: " in output) == (0, True)
+    code, output = convert("to-hf", run, "--out", tmp_path / "hf", *held_out)
+    assert (code, "nothing is overwritten" in output) == (1, True)
