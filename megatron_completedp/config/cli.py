@@ -45,6 +45,7 @@ MEGATRON_FLAGS: dict[str, str] = {
     "parallel.use_distributed_optimizer": "--use-distributed-optimizer",
     "parallel.overlap_grad_reduce": "--overlap-grad-reduce",
     "parallel.overlap_param_gather": "--overlap-param-gather",
+    "parallel.recompute_granularity": "--recompute-granularity",
     "training.micro_batch_size": "--micro-batch-size",
     "training.global_batch_size": "--global-batch-size",
     "training.train_steps": "--train-iters",

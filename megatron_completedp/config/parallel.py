@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from megatron_completedp.core.shape import ModelShape
 from megatron_completedp.errors import ConfigError
@@ -29,6 +30,8 @@ class ParallelConfig:
     """Reduce gradients while the backward pass runs."""
     overlap_param_gather: bool = False
     """Gather updated parameters while the forward pass runs (distributed optimizer only)."""
+    recompute_granularity: Literal["none", "full"] = "none"
+    """full keeps each layer's input alone and computes the layer again for the backward pass."""
 
     @property
     def model_parallel_size(self) -> int:
@@ -40,6 +43,11 @@ class ParallelConfig:
             value = getattr(self, name)
             if value < 1:
                 raise ConfigError(f"parallel.{name} is {value}; expected at least 1.")
+        if self.recompute_granularity not in ("none", "full"):
+            raise ConfigError(
+                f"parallel.recompute_granularity is {self.recompute_granularity!r}; expected one "
+                "of none, full."
+            )
         chunks = self.virtual_pipeline_model_parallel_size
         if chunks is not None and (chunks < 2 or self.pipeline_model_parallel_size < 2):
             raise ConfigError(

@@ -77,6 +77,7 @@ def transformer_config(
     check_layout(shape, parallel)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     interleaved = parallel.virtual_pipeline_model_parallel_size is not None
+    recompute = parallel.recompute_granularity == "full"
     return TransformerConfig(
         num_layers=shape.num_layers,
         hidden_size=shape.hidden_size,
@@ -102,6 +103,9 @@ def transformer_config(
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,
         sequence_parallel=parallel.sequence_parallel,
+        recompute_granularity="full" if recompute else None,
+        recompute_method="uniform" if recompute else None,
+        recompute_num_layers=1 if recompute else None,
         pipeline_dtype=dtype,
         params_dtype=dtype,
         bf16=precision == "bf16",
