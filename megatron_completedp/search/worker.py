@@ -66,6 +66,8 @@ class Search:
         """
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         settings, objective = self.settings, self.objective()
+        sampler = _sampler(settings, objective.space)
+        sampler(0)  # what is wrong with it is said before anything is begun
         proposals = {
             "sampler": settings.sampler,
             "options": dict(settings.sampler_options),
@@ -82,7 +84,7 @@ class Search:
             return Queue(
                 study=study,
                 storage=storage,
-                sampler=_sampler(settings, objective.space),
+                sampler=sampler,
                 objective=objective,
                 out=self.out,
                 trials=settings.trials,

@@ -1,0 +1,147 @@
+"""The search command's settings, refusals and help; no study is begun."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+pytest.importorskip("optuna")
+
+from search_samples import RUN, objective, settings
+
+from megatron_completedp.config.load import build, to_tree
+from megatron_completedp.errors import ConfigError
+from megatron_completedp.search.__main__ import COMMANDS, main
+from megatron_completedp.search.samplers import make_sampler
+from megatron_completedp.search.settings import SearchSettings, database_url
+
+
+def write(folder: Path, **changes: Any) -> Path:
+    """search.yaml beside run.yaml."""
+    (folder / "run.yaml").write_text(yaml.safe_dump(RUN))
+    file = folder / "search.yaml"
+    file.write_text(yaml.safe_dump({"run": "run.yaml", "level": "global", **changes}))
+    return file
+
+
+def run(folder: Path, *flags: str, command: str = "run", **changes: Any) -> int:
+    config = write(folder, **changes)
+    return main([command, "--config", str(config), "--out", str(folder / "out"), *flags])
+
+
+def test_settings_come_back_from_the_plain_data_that_workers_get() -> None:
+    found = settings(bounds={"lr": [-1, 1]}, sampler_options={"round_size": 4})
+    assert build(SearchSettings, to_tree(found)) == found
+
+
+def test_the_study_is_in_the_output_folder_unless_a_url_is_given() -> None:
+    assert database_url(settings(), Path("out")) == "sqlite:///out/study.db"
+    url = "postgresql+psycopg://host/name"
+    assert database_url(settings(database={"url": url}), Path("out")) == url
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"trials": 0}, "trials is 0; expected at least 1"),
+        ({"seeds": 0}, "seeds is 0"),
+        ({"retries": -1}, "retries is -1"),
+        ({"name": ""}, "name is empty"),
+        ({"level": "layers"}, "level is 'layers' .*types_x_depth"),
+        ({"trails": 3}, "did you mean trials"),
+        ({"database": {"heartbeat_s": 60, "grace_s": 90}}, r"at least twice heartbeat_s = 60"),
+        ({"database": {"retry_s": -1}}, r"retry_s is -1"),
+        # Of the space, before anything is trained:
+        ({"bounds": {"lr": [1, -1]}}, r"bounds\.lr is \[1\.0, -1\.0\]; .* the lower one first"),
+        ({"bounds": {"lr": [1, 2]}}, "leaves out 0"),
+        ({"bounds": {"lrr": [-1, 1]}}, "did you mean"),
+        # Of the sampler:
+        ({"sampler": "bayes"}, "sampler 'bayes' is unknown"),
+        ({"sampler_options": {"rounds": 3}}, "no setting rounds"),
+        # Of the splits:
+        ({"heldout": ["valid"]}, "choose by what it reports"),
+    ],
+)
+def test_bad_settings_are_refused_before_anything_is_trained(
+    tmp_path: Path, changes: dict[str, Any], named: str
+) -> None:
+    with pytest.raises(ConfigError, match=named):
+        run(tmp_path, **changes)
+    assert not (tmp_path / "out" / "trials").exists()
+
+
+def test_a_base_run_without_a_validation_split_is_refused(tmp_path: Path) -> None:
+    config = write(tmp_path)
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump({**RUN, "data": {"train": ["train"]}}))
+    with pytest.raises(ConfigError, match=r"data\.valid is empty"):
+        main(["run", "--config", str(config), "--out", str(tmp_path / "out")])
+
+
+@pytest.mark.parametrize("command", ["status", "recipe"])
+def test_a_search_that_was_not_started_has_nothing_to_show(tmp_path: Path, command: str) -> None:
+    with pytest.raises(ConfigError, match="start the search"):
+        run(tmp_path, command=command)
+    assert not (tmp_path / "out" / "study.db").exists(), "looking made a study"
+
+
+def test_an_unknown_command_names_the_nearest() -> None:
+    with pytest.raises(ConfigError, match="did you mean worker"):
+        main(["workers"])
+
+
+def test_the_usage_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert all(f"  {name} " in text for name in COMMANDS)
+    assert "Example:" in text
+    assert main([]) == 2
+
+
+@pytest.mark.parametrize("command", ["run", "worker", "status", "recipe"])
+def test_the_help_of_a_command_has_its_settings_and_an_example(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    for part in ("--trials", "--database.url", "--config", "--out", "Example:", "search.yaml"):
+        assert part in text
+
+
+def test_the_usage_needs_neither_torch_nor_optuna() -> None:
+    code = (
+        "import sys; from megatron_completedp.search.__main__ import main; main(['--help']);"
+        "sys.exit(any(name in sys.modules for name in ('torch', 'optuna', 'megatron')))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_points_differ_by_their_numbers_alone(tmp_path: Path) -> None:
+    runs = objective(tmp_path)
+    here = [config for _, config in runs.configs({}, name="a", replicate=0)]
+    there = [config for _, config in runs.configs({"hyperparams.lr": 1.0}, name="b", replicate=0)]
+    assert [config.seed for config in here] == [config.seed for config in there]
+    assert there[0].hyperparams.lr == pytest.approx(here[0].hyperparams.lr * 2.71828, rel=1e-5)
+    # A run of a study saves at a stop alone, and is evaluated once.
+    assert here[0].checkpoint.interval == 0
+    assert here[0].evaluation.interval == here[0].steps
+
+
+def test_every_random_proposal_has_a_seed_of_its_own() -> None:
+    """Workers of one seed would all propose the same otherwise, and so would a restarted one."""
+    from megatron_completedp.search.worker import _sampler
+
+    runs = objective(Path("out"))
+    of = _sampler(settings(sampler="random"), runs.space)
+    draws = []
+    for slot in (0, 1, 0):
+        study = __import__("optuna").create_study(sampler=of(slot))
+        draws.append(study.ask({**runs.space.distributions()}).params)
+    assert draws[0] == draws[2] != draws[1]
+    assert make_sampler("trust_region", seed=0, space=runs.space.distributions())
