@@ -79,7 +79,7 @@ class HeldPoints:
         wanted: dict[str, Point] = {}
         for seed in self.settings.seeds:
             for held in [{}, *self._held()]:
-                point = self._run(held, seed)
+                point = self.run(held, seed)
                 wanted.setdefault(point.id, point)
         done = {row["id"] for row in results.rows()}
         train_points(
@@ -99,7 +99,7 @@ class HeldPoints:
         losses = {row["id"]: math.inf if row["diverged"] else float(row["loss"]) for row in rows}
 
         def gain(held: Mapping[str, float], seed: int) -> float:
-            start, found = (losses[self._run(each, seed).id] for each in ({}, held))
+            start, found = (losses[self.run(each, seed).id] for each in ({}, held))
             return start - found
 
         return {
@@ -122,7 +122,8 @@ class HeldPoints:
         ]
         return [point for point in found if point is not None]
 
-    def _run(self, point: Mapping[str, float], seed: int) -> Point:
+    def run(self, point: Mapping[str, float], seed: int) -> Point:
+        """The run of `point`; points that give it the same numbers share it."""
         config = self.space.apply(self.base, point)
         name = f"seed{seed}_{numbers_hash(Plan.of(config))}"
         config = replace(config, seed=seed, run_dir=str(self.folder / name))

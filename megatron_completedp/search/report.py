@@ -146,6 +146,20 @@ def _figures(
             size=(6.0, 3.8),
         ),
     ]
+    if weights is not None:
+        found.append(
+            FigureSpec(
+                name="importance",
+                caption=(
+                    f"The {min(SHOWN, len(names))} dimensions with the largest part in the loss of "
+                    "these trials, by a ridge regression on each dimension and its square, without "
+                    "interactions. Grey bars are below what shuffled losses give (dashed). The fit "
+                    f"predicts {weights.predicted:.0%} of the variance of left-out trials."
+                ),
+                draw=lambda figure: draw_importance(figure, weights),
+                size=(6.0, 4.4),
+            )
+        )
     if any(cell(name) for name in names):
         found.append(
             FigureSpec(
@@ -180,20 +194,6 @@ def _figures(
             size=(6.0, 1.0 + 0.15 * len(names)),
         )
     )
-    if weights is not None:
-        found.append(
-            FigureSpec(
-                name="importance",
-                caption=(
-                    f"The {min(SHOWN, len(names))} dimensions with the largest part in the loss of "
-                    "these trials, by a ridge regression on each dimension and its square, without "
-                    "interactions. Grey bars are below what shuffled losses give (dashed). The fit "
-                    f"predicts {weights.predicted:.0%} of the variance of left-out trials."
-                ),
-                draw=lambda figure: draw_importance(figure, weights),
-                size=(6.0, 4.4),
-            )
-        )
     return tuple(found)
 
 

@@ -221,4 +221,5 @@ def draw_importance(figure: Figure, found: Importance) -> None:
     axes.set_yticks(range(len(ranked)), [short(name) for name, _ in ranked], fontsize=8)
     axes.set_ylim(len(ranked) - 0.4, -0.6)
     axes.grid(visible=False, axis="y")
+    axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.set_xlabel("standard deviation of its part of the loss (nats/token)")

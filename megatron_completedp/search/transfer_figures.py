@@ -71,6 +71,7 @@ def _draw_arrow(axes: Axes, found: Saving) -> None:
         textcoords="offset points",
         ha="center",
         va="top",
+        bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1},
     )
 
 
