@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -150,12 +151,15 @@ def _single_process() -> Iterator[None]:
     try:
         import safetensors  # noqa: F401
         import tokenizers  # noqa: F401
-        import transformers  # noqa: F401
+        import transformers
     except ImportError as error:
         raise ConversionError(
             f"{error.name} is not installed; conversions need pip install "
             "'megatron_completedp[hf]'."
         ) from error
+    transformers.utils.logging.disable_progress_bar()
+    # Megatron's loader meets them in torch, where a user can do nothing about them.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     from megatron_completedp.config.parallel import ParallelConfig
     from megatron_completedp.mcore.parallel import destroy_parallel, initialize_parallel
     from megatron_completedp.mcore.platform import detect_platform

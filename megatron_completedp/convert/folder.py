@@ -30,7 +30,10 @@ def whole_folder(target: Path) -> Iterator[Path]:
     try:
         temporary.mkdir(parents=True)
         yield temporary
+        # The folder follows the umask; safetensors makes files that only their owner can read.
+        shared = temporary.stat().st_mode & 0o066
         for path in [path for path in temporary.rglob("*") if path.is_file()]:
+            path.chmod(path.stat().st_mode | shared)
             with path.open("rb") as file:
                 os.fsync(file.fileno())
         sync_directory(temporary)
