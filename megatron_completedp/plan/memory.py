@@ -22,7 +22,11 @@ and in fp32, 4 bytes per head (log-sum-exp of attention) and per normalized row.
 sin of q and k for each layer: 4 x head_dim elements per position of a sequence, not per token.
 
 That is with fused kernels (`cuda`). On CPU torch composes two of them: RMSNorm keeps its input in
-fp32 and the normalized input in fp32, and SwiGLU two more copies of f. The measured runs are CPU's.
+fp32 and the normalized input in fp32, and SwiGLU two more copies of f. On CPU alone, too, a bf16
+gradient is copied to fp32 before it is added to the buffer, and gloo reduce-scatters a copy of all
+gradients, when a step's activations are gone. The measured runs are CPU's.
+
+The gradient of the embedding, in e, comes last, beside the other micro batches' activations.
 
 The loss, per token, with v = vocabulary / TP: logits e v and their log-probabilities 4 v going
 forward; log-probabilities and gradient 8 v coming back, with its copy in e (bf16). No layer has
@@ -134,9 +138,15 @@ def stage_memory(
     kept += layer.boundary if pipelined and not last else 0
     activations = flying * kept
     working = layer.going_back + (layer.kept if recompute else 0)
+    table = _table_gradient(shape, parallel, workload, kernels)
+    if stage == 0:
+        # Its own micro batch is gone by then, the others on their way are not.
+        working = max(working, table - kept)
     if last:
         activations += layer.ending
-        working = max(working, _loss(shape, parallel, workload, tokens, kernels))
+        working = max(working, table, _loss(shape, parallel, workload, tokens, kernels))
+    if kernels == "cpu" and shards > 1:
+        working = max(working, 4.0 * elements - activations)
     return Memory(
         stage=stage,
         parameters=width * elements,
@@ -216,6 +226,16 @@ def _on_their_way(
     if chunks > 1:
         warmup = 2 * warmup + (chunks - 1) * pp
     return min(warmup + 1, workload.micro_batches * chunks), layers
+
+
+def _table_gradient(
+    shape: ModelShape, parallel: ParallelConfig, workload: Workload, kernels: Kernels
+) -> float:
+    """Bytes of the gradient of the embedding or unembedding before it joins the fp32 buffer."""
+    elements = shape.module_parameters(Module.EMBEDDING) / parallel.tensor_model_parallel_size
+    if workload.precision == "fp32":
+        return 4 * elements
+    return elements * (2 + (4 if kernels == "cpu" else 0))
 
 
 def _loss(
