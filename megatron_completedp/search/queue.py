@@ -25,6 +25,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from megatron_completedp.data.claims import claim
 from megatron_completedp.search.objective import Cost, Facts, Objective, last_step
+from megatron_completedp.search.proposal import propose
 from megatron_completedp.search.trust_trials import REPLICATE
 from megatron_completedp.train.folder import METRICS_FILE
 
@@ -46,6 +47,7 @@ class Taken:
     """A trial to train."""
 
     trial: optuna.Trial
+    params: Mapping[str, float]
     name: str
     """Of its run folders."""
     replicate: int
@@ -80,14 +82,12 @@ class Queue:
                 return None
             first = waiting[0].system_attrs.get(FIRST_TRY) if waiting else None
             self.study.sampler = self.sampler(begun(trials[:first]))
-            with warnings.catch_warnings():
-                # Ours are written by `heartbeat`; Optuna only knows its own loop's.
-                warnings.filterwarnings("ignore", message="Heartbeat of storage")
-                trial = self.study.ask({**self.objective.space.distributions()})
+            space = self.objective.space.distributions()
+            trial, params = propose(self.study, self.storage, space)
             trial.set_user_attr("worker", self.worker)
             # Last: where anything above fails, the trial has no lock, and is repeated.
             held.enter_context(claim(self._lock(trial.number), wait=True))
-        return Taken(trial, _folder(trial), trial.user_attrs.get(REPLICATE, 0))
+        return Taken(trial, params, _folder(trial), trial.user_attrs.get(REPLICATE, 0))
 
     def finished(self) -> bool:
         """Whether every trial has ended, so that no worker will be needed again."""

@@ -104,8 +104,7 @@ def connect(url: str, database: DatabaseSettings, out: Path) -> RDBStorage:
             warnings.simplefilter("ignore", ExperimentalWarning)  # heartbeats
             storage = RDBStorage(
                 url,
-                # A connection that the server has closed meanwhile is replaced, not used.
-                engine_kwargs={"pool_pre_ping": True, "connect_args": timeout.get(backend, {})},
+                engine_kwargs={"connect_args": timeout.get(backend, {})},
                 heartbeat_interval=database.heartbeat_s,
                 grace_period=database.grace_s,
             )

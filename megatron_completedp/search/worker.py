@@ -178,11 +178,10 @@ def _work(search: Search, name: str, stop: Stop) -> None:
 def _train(queue: Queue, taken: Taken, search: Search, stop: Stop) -> None:
     """Train one trial and enter its result, or give it back."""
     trial, database, objective = taken.trial, search.settings.database, queue.objective
-    params = trial.params
-    pruner = _pruner(queue, taken, params) if search.settings.prune else None
+    pruner = _pruner(queue, taken) if search.settings.prune else None
     try:
         with heartbeat(queue.storage, trial._trial_id), pruner or nullcontext():
-            found = objective.train(params, name=taken.name, replicate=taken.replicate)
+            found = objective.train(taken.params, name=taken.name, replicate=taken.replicate)
     except CompletedPError:
         persist(lambda: queue.give_back(taken), database, stop)
         raise
@@ -198,9 +197,9 @@ def _train(queue: Queue, taken: Taken, search: Search, stop: Stop) -> None:
         persist(lambda: queue.give_back(taken, found), database)
 
 
-def _pruner(queue: Queue, taken: Taken, params: Mapping[str, float]) -> Pruner:
+def _pruner(queue: Queue, taken: Taken) -> Pruner:
     """For the trial's first run, against the trials that have ended by now."""
-    runs = queue.objective.configs(params, name=taken.name, replicate=taken.replicate)
+    runs = queue.objective.configs(taken.params, name=taken.name, replicate=taken.replicate)
     _, config = next(iter(runs))
     trials = queue.study.get_trials(deepcopy=False)
     return Pruner(Path(config.run_dir), steps=config.steps, trials=trials)

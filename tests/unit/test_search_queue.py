@@ -11,10 +11,13 @@ import pytest
 
 pytest.importorskip("optuna")
 
+import optuna
 from optuna.trial import FrozenTrial, TrialState
 from search_samples import COST, facts, queue
 
+from megatron_completedp.search.proposal import propose
 from megatron_completedp.search.queue import Queue, begun
+from megatron_completedp.search.samplers import make_sampler
 from megatron_completedp.search.settings import DatabaseSettings
 from megatron_completedp.search.storage import heartbeat
 
@@ -85,7 +88,7 @@ def test_a_dead_workers_trial_is_repeated_at_once(tmp_path: Path) -> None:
         assert (taken.trial.number, taken.name) == (1, "0000"), "same folder"
         first, second = trials(other)
         assert first.state == TrialState.FAIL
-        assert first.params == taken.trial.params
+        assert first.params == taken.params
         assert second.system_attrs["failed_trial"] == 0
         assert begun(trials(other)) == 1
 
@@ -103,7 +106,7 @@ def test_a_dead_worker_whose_lock_is_left_is_found_by_its_heartbeats(tmp_path: P
         time.sleep(3.5)
         again = other.take(mine)
         assert again is not None
-        assert again.trial.params == taken.trial.params
+        assert again.params == taken.params
         assert again.name == "0000-again1", "the lost one may still write into its folder"
         # It was not dead, after all: its result comes too late, and breaks nothing.
         lost.complete(taken, facts(3.0))
@@ -154,8 +157,8 @@ def test_a_worker_that_dies_while_it_asks_loses_nothing(tmp_path: Path) -> None:
     with ExitStack() as held:
         taken = one.take(held)
         assert taken is not None
-        assert set(taken.trial.params) == set(one.objective.space.names)
-        assert taken.trial.params["hyperparams.lr"] == trials(one)[0].params["hyperparams.lr"]
+        assert set(taken.params) == set(one.objective.space.names)
+        assert taken.params["hyperparams.lr"] == trials(one)[0].params["hyperparams.lr"]
 
 
 def test_the_result_may_be_entered_twice(tmp_path: Path) -> None:
@@ -197,3 +200,35 @@ def test_replicates_never_share_a_seed(tmp_path: Path) -> None:
     seeds = [seed for replicate in range(5) for seed in runs.seeds_of(replicate)]
     assert len(set(seeds)) == len(seeds)
     assert runs.seeds_of(0)[0] == runs.base.seed
+
+
+@pytest.mark.parametrize("sampler", ["trust_region", "random", "tpe"])
+def test_one_write_proposes_what_optuna_would(tmp_path: Path, sampler: str) -> None:
+    """Trial after trial, the same point as `study.ask`, and as the database gives it back."""
+    one = queue(tmp_path, trials=20)
+    space = one.objective.space.distributions()
+    oracle = optuna.create_study()
+    for number in range(20):
+        # Ours tells trials apart by their slots; the others get a seed for each.
+        seed = 0 if sampler == "trust_region" else number
+        for study in (one.study, oracle):
+            study.sampler = make_sampler(sampler, seed=seed, space=space)
+        trial, params = propose(one.study, one.storage, space)
+        expected = oracle.ask({**space})
+        assert params == expected.params
+        value = sum(value**2 for value in params.values())
+        one.study.tell(trial, value)
+        oracle.tell(expected, value)
+    for kept, expected in zip(trials(one), oracle.trials, strict=True):
+        assert kept.params == expected.params
+        assert kept.distributions == expected.distributions
+
+
+def test_a_point_enqueued_by_hand_is_what_it_was_given(tmp_path: Path) -> None:
+    one = queue(tmp_path)
+    one.study.enqueue_trial({"hyperparams.lr": 0.25})
+    with ExitStack() as held:
+        taken = one.take(held)
+        assert taken is not None
+        assert taken.params["hyperparams.lr"] == 0.25
+        assert trials(one)[0].params == taken.params
