@@ -73,7 +73,7 @@ def plain() -> float:
 
 
 def _start(layout: str) -> dict[str, float]:
-    """The loss before and after the weights of `plain` are put in, and after a step with them."""
+    """The loss before and after the weights of `plain` are put in, and after steps from them."""
     config = plain_config(ParallelConfig(**LAYOUTS[layout]))
 
     def start(engine: Engine) -> dict[str, float]:
@@ -85,7 +85,8 @@ def _start(layout: str) -> dict[str, float]:
         fresh = engine.evaluate(held_out)
         load_initial_weights(engine, folder("back"))
         started = engine.evaluate(held_out)
-        engine.train_step(batches(config, 0, **ranks))
+        for step in range(2):  # the first, of the warm-up, has a learning rate of 0
+            engine.train_step(batches(config, step, **ranks))
         return {"fresh": fresh, "started": started, "trained": engine.evaluate(held_out)}
 
     found: dict[str, float] = run_engine(config, stop_at=0, inspect=start)[1]
