@@ -12,7 +12,7 @@ import logging
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -90,8 +90,13 @@ class Task:
     """The rows that are scored."""
     of: int
     """Rows in the file."""
-    sha256: str
-    """Of the rows that are scored, as JSON."""
+    too_long: int = 0
+    """Rows left out, because the model has no room for what it would have to produce."""
+
+    @property
+    def sha256(self) -> str:
+        """Of the rows that are scored, as JSON."""
+        return hashlib.sha256(json.dumps(self.rows, sort_keys=True).encode()).hexdigest()
 
     @property
     def kind(self) -> tuple[str, ...]:
@@ -109,9 +114,15 @@ class Task:
         return sum(1 / count for count in options) / len(options)
 
     def _options(self, row: Row) -> int:
+        return len(row["context_options"] if "context_options" in row else self.continuations(row))
+
+    def continuations(self, row: Row) -> list[str]:
+        """What the model is to produce for `row`, whole. (A context may lose its beginning.)"""
+        if self.kind == ("text",):
+            return []  # scored in windows
         if self.kind == ("sentence_good", "sentence_bad"):
-            return 2
-        return len(row["choices"] if "choices" in row else row["context_options"])
+            return [row["sentence_good"], row["sentence_bad"]]
+        return list(row["choices"]) if "choices" in row else [row["continuation"]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,6 +138,8 @@ class Score:
     """What guessing scores; None for what cannot be guessed."""
     rows: int
     of: int
+    too_long: int
+    """Rows left out, as in Task."""
     sha256: str
     """Of the rows that were scored."""
 
@@ -194,9 +207,7 @@ def read_task(path: str | Path, limit: int | None = None) -> Task:
                 f"{path}: row {number} has the keys {', '.join(map(str, row))}; expected one of "
                 f"these sets: {kinds}."
             )
-    digest = hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
-    name = Path(path).name.split(".")[0]
-    return Task(name=name, file=str(path), rows=tuple(rows), of=of, sha256=digest)
+    return Task(name=Path(path).name.split(".")[0], file=str(path), rows=tuple(rows), of=of)
 
 
 def evaluate(
@@ -204,8 +215,9 @@ def evaluate(
 ) -> list[Score]:
     """Score the model in the folder `model`, whose tokenizer lies beside it, on every task.
 
+    Rows with a continuation longer than the model's longest sequence are left out and counted.
     Raises ConfigError when lm-eval is not installed, two tasks share a name, or `model` is no
-    folder with a config.json.
+    folder with a config.json, and DataError for a task without a row that fits.
     """
     names = [task.name for task in tasks]
     if doubled := sorted({name for name in names if names.count(name) > 1}):
@@ -214,7 +226,9 @@ def evaluate(
         raise ConfigError(
             f"{model} has no config.json; expected a folder written by convert_checkpoint.py to-hf."
         )
-    results = _run(model, tasks, device=device, dtype=dtype, batch_size=batch_size)
+    lm = _load(model, device=device, dtype=dtype, batch_size=batch_size)
+    tasks = [_fitting(task, lm) for task in tasks]
+    results = _run(lm, tasks)
     return [score for task in tasks for score in _scores(task, results[task.name])]
 
 
@@ -224,6 +238,7 @@ def table(scores: Iterable[Score]) -> str:
         [
             score.task,
             f"{score.rows:,} of {score.of:,}",
+            f"{score.too_long:,}",
             score.metric,
             _number(score.value),
             _number(score.standard_error),
@@ -232,7 +247,16 @@ def table(scores: Iterable[Score]) -> str:
         ]
         for score in scores
     ]
-    header = ["task", "rows", "metric", "value", "+-", "chance", "standard errors above"]
+    header = [
+        "task",
+        "rows",
+        "too long",
+        "metric",
+        "value",
+        "+-",
+        "chance",
+        "standard errors above",
+    ]
     return text_table(header, rows, left=1)
 
 
@@ -242,34 +266,55 @@ def as_json(model: Path, scores: Iterable[Score]) -> dict[str, Any]:
     return {"model": str(model), "scores": rows}
 
 
-def _run(
-    model: Path, tasks: Sequence[Task], *, device: str, dtype: str, batch_size: int
-) -> dict[str, dict[str, Any]]:
-    """lm-eval's results by task name."""
+def _load(model: Path, *, device: str, dtype: str, batch_size: int) -> Any:
+    """The model as lm-eval takes it."""
     # Read once, when huggingface_hub is imported: no look at the hub for what lies here.
     os.environ["HF_HUB_OFFLINE"] = "1"
     try:
-        import datasets
-        from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
     except ImportError as error:
         raise ConfigError(
             f"evaluation needs lm-eval ({error}); pip install 'megatron_completedp[evaluate]'."
         ) from error
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    configs = [
-        {
-            "task": task.name,
-            "custom_dataset": _dataset(datasets, task),
-            "test_split": "test",
-            "num_fewshot": 0,
-            **KINDS[task.kind],
-        }
-        for task in tasks
-    ]
+    return HFLM(pretrained=str(model), device=device, dtype=dtype, batch_size=batch_size)
+
+
+def _fitting(task: Task, lm: Any) -> Task:
+    """`task` with the rows whose continuations the model has room for."""
+
+    def fits(row: Row) -> bool:
+        # With the blank that most tasks put before a continuation.
+        return all(
+            len(lm.tok_encode(f" {text}")) <= lm.max_length for text in task.continuations(row)
+        )
+
+    rows = tuple(row for row in task.rows if fits(row))
+    if not rows:
+        raise DataError(
+            f"{task.file}: every row has a continuation of more than {lm.max_length} tokens, the "
+            "model's longest sequence; evaluate a model of longer sequences, or another file."
+        )
+    return replace(task, rows=rows, too_long=len(task.rows) - len(rows))
+
+
+def _run(lm: Any, tasks: Sequence[Task]) -> dict[str, dict[str, Any]]:
+    """lm-eval's results by task name."""
+    import datasets
+    from lm_eval import simple_evaluate
+
     results = simple_evaluate(
-        model=HFLM(pretrained=str(model), device=device, dtype=dtype, batch_size=batch_size),
-        tasks=configs,
+        model=lm,
+        tasks=[
+            {
+                "task": task.name,
+                "custom_dataset": _dataset(datasets, task),
+                "test_split": "test",
+                "num_fewshot": 0,
+                **KINDS[task.kind],
+            }
+            for task in tasks
+        ],
         log_samples=False,
         bootstrap_iters=100,  # for perplexities; accuracies have a closed form
     )
@@ -297,6 +342,7 @@ def _scores(task: Task, results: Mapping[str, Any]) -> Iterator[Score]:
             chance=task.chance if metric.startswith("acc") else None,
             rows=len(task.rows),
             of=task.of,
+            too_long=task.too_long,
             sha256=task.sha256,
         )
 

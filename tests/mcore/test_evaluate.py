@@ -17,6 +17,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from megatron_completedp.convert.evaluate import Score, evaluate, read_task
+from megatron_completedp.errors import DataError
 
 #: One id per word: 8 words that follow one another in this order.
 WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight"]
@@ -114,3 +115,18 @@ def test_bits_per_byte_are_those_of_the_model(folders: dict[str, Path], tasks: l
         size += len(row["text"].encode())
     assert found.value == pytest.approx(nats / size / math.log(2), rel=1e-5)
     assert (found.chance, found.rows, found.of) == (None, 40, 40)
+
+
+def test_rows_that_the_model_has_no_room_for_are_left_out_and_counted(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    """lm-eval stops at the first of them; the model has 32 positions."""
+    file = tmp_path / "long.jsonl"
+    long = {"query": "one", "choices": [" ".join(counted(0, 40)), "two"], "gold": 1}
+    rows = [long, *({**long, "choices": ["two", "four"], "gold": 0} for _ in range(3))]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    score = scores(folders["trained"], [read_task(file)])["long", "acc"]
+    assert (score.value, score.rows, score.too_long, score.of) == (1.0, 3, 1, 4)
+    file.write_text(json.dumps(long) + "\n")
+    with pytest.raises(DataError, match="more than 32 tokens"):
+        scores(folders["trained"], [read_task(file)])

@@ -90,8 +90,20 @@ def test_table_has_chance_and_distance() -> None:
         chance=0.5,
         rows=600,
         of=67_000,
+        too_long=2,
         sha256="",
     )
     assert score.above_chance == pytest.approx(3.0)
     line = table([score]).splitlines()[1].split()
-    assert line == ["blimp", "600", "of", "67,000", "acc", "0.5600", "0.0200", "0.5000", "+3.0"]
+    assert line == [
+        "blimp",
+        "600",
+        "of",
+        "67,000",
+        "2",
+        "acc",
+        "0.5600",
+        "0.0200",
+        "0.5000",
+        "+3.0",
+    ]
