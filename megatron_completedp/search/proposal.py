@@ -1,8 +1,4 @@
-"""A trial's whole point in one write.
-
-`study.ask(distributions)` commits every parameter on its own; with 79 of them that is most of what
-a study costs a trial.
-"""
+"""The next trial of a study with its whole point, written at once."""
 
 from __future__ import annotations
 
@@ -10,10 +6,10 @@ import warnings
 from collections.abc import Mapping
 
 import optuna
-from optuna.distributions import FloatDistribution, distribution_to_json
+from optuna.distributions import FloatDistribution
 from optuna.storages import RDBStorage
-from optuna.storages._rdb.models import TrialParamModel
-from sqlalchemy import insert
+
+from megatron_completedp.search.bulk import write_params
 
 
 def propose(
@@ -34,7 +30,7 @@ def propose(
         asked = {name: trial.suggest_float(name, of.low, of.high) for name, of in space.items()}
         return trial, asked
     params = {name: float(value) for name, value in now.params.items()}
-    rows = []
+    new = {}
     for name, of in space.items():
         if name in params:
             continue
@@ -42,16 +38,6 @@ def propose(
             value = trial.relative_params[name]
         else:
             value = study.sampler.sample_independent(study, now, name, of)
-        params[name] = float(value)
-        rows.append(
-            {
-                "trial_id": trial._trial_id,
-                "param_name": name,
-                "param_value": params[name],
-                "distribution_json": distribution_to_json(of),
-            }
-        )
-    if rows:
-        with storage.engine.begin() as connection:
-            connection.execute(insert(TrialParamModel), rows)
-    return trial, params
+        new[name] = float(value)
+    write_params(storage, trial._trial_id, new, space)
+    return trial, {**params, **new}

@@ -24,6 +24,7 @@ from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 
 from megatron_completedp.data.claims import claim
+from megatron_completedp.search.bulk import write_attributes
 from megatron_completedp.search.objective import Cost, Facts, Objective, last_step
 from megatron_completedp.search.proposal import propose
 from megatron_completedp.search.trust_trials import REPLICATE
@@ -126,9 +127,10 @@ class Queue:
         try:
             for step, loss in curve.items():
                 trial.report(loss, step)
-            for name, item in attributes.items():
-                trial.set_user_attr(name, item)
-            self.study.tell(trial, value, state=state, skip_if_finished=True)
+            write_attributes(self.storage, trial._trial_id, attributes)
+            # Not `study.tell`, which reads the trial twice and asks a sampler that has no say here.
+            values = None if value is None else [value]
+            self.storage.set_trial_state_values(trial._trial_id, state, values)
         except UpdateFinishedTrialError:
             # Ended before: by this call, whose answer was lost, or as its heartbeats were.
             logger.warning("trial %d had ended already; another may repeat it", trial.number)
@@ -164,8 +166,7 @@ class Queue:
     def _fail(self, trial: FrozenTrial) -> None:
         """End a trial whose worker is gone, with what its try cost as far as its folder tells."""
         with suppress(UpdateFinishedTrialError):  # its worker did, between our look and our lock
-            for name, item in asdict(self._cost_of_dead(trial)).items():
-                self.storage.set_trial_user_attr(trial._trial_id, name, item)
+            write_attributes(self.storage, trial._trial_id, asdict(self._cost_of_dead(trial)))
             self.storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
             logger.warning(
                 "trial %d lost its worker, %s", trial.number, trial.user_attrs.get("worker", "new")
