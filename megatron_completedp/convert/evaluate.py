@@ -110,19 +110,19 @@ class Task:
             return None
         if self.kind == ("context", "continuation"):
             return 0.0
-        options = [self._options(row) for row in self.rows]
-        return sum(1 / count for count in options) / len(options)
+        return sum(1 / len(self.pairs(row)) for row in self.rows) / len(self.rows)
 
-    def _options(self, row: Row) -> int:
-        return len(row["context_options"] if "context_options" in row else self.continuations(row))
-
-    def continuations(self, row: Row) -> list[str]:
-        """What the model is to produce for `row`, whole. (A context may lose its beginning.)"""
+    def pairs(self, row: Row) -> list[tuple[str, str]]:
+        """(context, what the model is to produce after it) for `row`; none for plain text."""
         if self.kind == ("text",):
             return []  # scored in windows
         if self.kind == ("sentence_good", "sentence_bad"):
-            return [row["sentence_good"], row["sentence_bad"]]
-        return list(row["choices"]) if "choices" in row else [row["continuation"]]
+            return [("", row["sentence_good"]), ("", row["sentence_bad"])]
+        if "context_options" in row:
+            return [(context, row["continuation"]) for context in row["context_options"]]
+        if "choices" in row:
+            return [(row["query"], choice) for choice in row["choices"]]
+        return [(row["context"], row["continuation"])]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -283,11 +283,12 @@ def _load(model: Path, *, device: str, dtype: str, batch_size: int) -> Any:
 def _fitting(task: Task, lm: Any) -> Task:
     """`task` with the rows whose continuations the model has room for."""
 
+    def length(context: str, text: str) -> int:
+        # As lm-eval counts: tokens may join over the seam. A context may lose its beginning.
+        return len(lm.tok_encode(f"{context} {text}")) - len(lm.tok_encode(context))
+
     def fits(row: Row) -> bool:
-        # With the blank that most tasks put before a continuation.
-        return all(
-            len(lm.tok_encode(f" {text}")) <= lm.max_length for text in task.continuations(row)
-        )
+        return all(length(*pair) <= lm.max_length for pair in task.pairs(row))
 
     rows = tuple(row for row in task.rows if fits(row))
     if not rows:
