@@ -284,8 +284,10 @@ def _fitting(task: Task, lm: Any) -> Task:
     """`task` with the rows whose continuations the model has room for."""
 
     def length(context: str, text: str) -> int:
-        # As lm-eval counts: tokens may join over the seam. A context may lose its beginning.
-        return len(lm.tok_encode(f"{context} {text}")) - len(lm.tok_encode(context))
+        if not context:
+            return len(lm.tok_encode(f" {text}", add_special_tokens=False))
+        # lm-eval's own split, private or not: tokens may join over the seam.
+        return len(lm._encode_pair(context, f" {text}")[1])
 
     def fits(row: Row) -> bool:
         return all(length(*pair) <= lm.max_length for pair in task.pairs(row))
