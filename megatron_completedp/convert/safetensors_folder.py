@@ -51,17 +51,20 @@ def write_shards(
 ) -> None:
     """Write `tensors`, which come in the order of `shards`, and the index if there are several.
 
-    One file's tensors are in memory at a time. Raises OSError.
+    Memory: the largest file and one tensor. Raises OSError.
     """
+    # One block for all files: as many small ones, freed and taken anew, leave holes in the heap
+    # that grow to twice the file and more.
+    room = torch.empty(
+        max(sum(spec.bytes for spec in specs) for specs in shards.values()), dtype=torch.uint8
+    )
     for name, specs in shards.items():
-        content = {}
+        content, start = {}, 0
         for spec in specs:
-            tensor = next(tensors)
-            assert (tuple(tensor.shape), tensor.dtype) == (spec.shape, spec.dtype), spec
-            content[spec.name] = tensor
+            part = room[start : start + spec.bytes].view(spec.dtype).view(spec.shape)
+            content[spec.name] = part.copy_(next(tensors))
+            start += spec.bytes
         save_file(content, folder / name, metadata={"format": "pt"})
-        # Before the next tensor is made: the two files' tensors must not add up.
-        del content, tensor
     if len(shards) > 1:
         every = [spec for specs in shards.values() for spec in specs]
         index = {
