@@ -31,6 +31,7 @@ def wait_until(what: str, reached: Callable[[], bool], *, timeout_s: float = 300
         time.sleep(0.5)
 
 
+@pytest.mark.slow
 @pytest.mark.slurm
 def test_an_array_finishes_a_study_though_workers_are_preempted_and_killed(tmp_path: Path) -> None:
     # The script's python, with training that takes seconds at most.
