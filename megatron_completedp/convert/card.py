@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from megatron_completedp.config.run import RunConfig
 from megatron_completedp.convert.mapping import architecture_for
 from megatron_completedp.convert.source import Source
 from megatron_completedp.convert.verify import Verification
+from megatron_completedp.data.jsonl import read_whole_rows
 from megatron_completedp.data.manifest import load_manifest, manifest_path
 from megatron_completedp.errors import DataError
 from megatron_completedp.plan.run_plan import Plan
@@ -61,7 +61,7 @@ def write_card(
 
 
 def _training(folder: Path, source: Source, config: RunConfig) -> list[str]:
-    rows = _read_metrics(source.run_dir / METRICS_FILE)
+    rows = read_whole_rows(source.run_dir / METRICS_FILE)
     parts = ["## Training", _loss_table(rows)]
     if rows:
         _draw_losses(rows, folder / FIGURE_FILE)
@@ -75,19 +75,6 @@ def _training(folder: Path, source: Source, config: RunConfig) -> list[str]:
         "## Recipe",
         f"```yaml\n{to_yaml(config)}```",
     ]
-
-
-def _read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Rows of kind train and eval; a last line torn by a crash is left out."""
-    if not path.is_file():
-        return []
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            continue
-    return [row for row in rows if row.get("kind") in ("train", "eval")]
 
 
 def _loss_table(rows: Sequence[dict[str, Any]]) -> str:

@@ -63,7 +63,7 @@ class Encoder:
         """`auto` is gigatoken wherever it can be trusted; `reference` never uses it."""
         self.tokenizer = tokenizer
         self._fast = load_fast_engine(tokenizer) if engine == "auto" else None
-        self.name = self._fast.name if self._fast else tokenizer.library
+        self.name = self._fast.name if self._fast else tokenizer.reference_library
         """The engine and its version."""
         self._control_literals = find_literals(tokenizer.control_literals)
 

@@ -155,7 +155,10 @@ def load_fast_engine(tokenizer: Tokenizer) -> FastEngine | None:
             return engine
         reason = "gigatoken encodes the probe differently"
     logger.warning(
-        "%s is left to %s, some twenty times slower: %s", tokenizer.path, tokenizer.library, reason
+        "%s is left to %s, some twenty times slower: %s",
+        tokenizer.path,
+        tokenizer.reference_library,
+        reason,
     )
     return None
 

@@ -51,7 +51,7 @@ class Tokenizer(ABC):
 
     @property
     @abstractmethod
-    def library(self) -> str:
+    def reference_library(self) -> str:
         """The library that encodes, and its version."""
 
     @property
@@ -105,7 +105,7 @@ class SentencePieceTokenizer(Tokenizer):
         return int(self._model.eos_id())
 
     @property
-    def library(self) -> str:
+    def reference_library(self) -> str:
         """`sentencepiece` and its version."""
         return f"sentencepiece {sentencepiece.__version__}"
 
@@ -175,7 +175,7 @@ class HuggingFaceTokenizer(Tokenizer):
         return self._eod
 
     @property
-    def library(self) -> str:
+    def reference_library(self) -> str:
         """`tokenizers` and its version."""
         return f"tokenizers {self._version}"
 

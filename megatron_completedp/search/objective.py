@@ -16,12 +16,12 @@ from typing import Any
 from megatron_completedp.config.load import identity, to_yaml
 from megatron_completedp.config.run import RunConfig, check_world
 from megatron_completedp.data.atomic import atomic_write
+from megatron_completedp.data.jsonl import read_whole_rows
 from megatron_completedp.errors import ConfigError
 from megatron_completedp.search.settings import SearchSettings
 from megatron_completedp.search.space import Space
 from megatron_completedp.study.points import as_point, outcome, train_point
 from megatron_completedp.train import folder as run_folder
-from megatron_completedp.train.metrics import read_metrics
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,7 +157,7 @@ class Objective:
 
 def last_step(config: RunConfig) -> int:
     """The last optimizer step in the run's metrics; 0 before the first."""
-    rows = read_metrics(Path(config.run_dir) / run_folder.METRICS_FILE)
+    rows = read_whole_rows(Path(config.run_dir) / run_folder.METRICS_FILE)
     return int(rows[-1]["step"]) if rows else 0
 
 

@@ -17,10 +17,10 @@ from typing import Any
 
 from optuna.trial import FrozenTrial, TrialState
 
+from megatron_completedp.data.jsonl import read_whole_rows
 from megatron_completedp.search.trust_trials import DIVERGED
 from megatron_completedp.study.crew import POLL_S
 from megatron_completedp.train.folder import METRICS_FILE
-from megatron_completedp.train.metrics import read_metrics
 
 #: Parts of a run at which it is compared; later, little is left to save.
 MARKS = (0.25, 0.5, 0.75)
@@ -101,7 +101,7 @@ class Pruner:
 
     def _look(self) -> bool:
         """Take down the marks reached; whether the run is behind the pool at the last of them."""
-        rows = read_metrics(self._metrics)
+        rows = read_whole_rows(self._metrics)
         behind = False
         for mark in MARKS:
             step = max(1, round(mark * self._steps))

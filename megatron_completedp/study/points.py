@@ -21,10 +21,10 @@ from typing import Any
 from megatron_completedp.config.load import load_config
 from megatron_completedp.config.run import RunConfig
 from megatron_completedp.config.sections import CheckpointConfig, DivergenceConfig, LoggingConfig
+from megatron_completedp.data.jsonl import read_whole_rows
 from megatron_completedp.errors import CompletedPError, TrainingDiverged
 from megatron_completedp.plan.run_plan import Plan
 from megatron_completedp.train import folder as run_folder
-from megatron_completedp.train.metrics import read_metrics
 
 #: Part of the run, at its end, over which the training loss is averaged.
 LAST_PART = 0.1
@@ -70,7 +70,7 @@ class Outcome:
 
 def outcome(config: RunConfig) -> Outcome | None:
     """How the run in `config.run_dir` ended; None when it has not."""
-    rows = read_metrics(Path(config.run_dir) / run_folder.METRICS_FILE)
+    rows = read_whole_rows(Path(config.run_dir) / run_folder.METRICS_FILE)
     if any(row["kind"] == "event" and row.get("policy") == "stop" for row in rows):
         return Outcome(diverged=True)
     losses = [row["loss"] for row in rows if (row["kind"], row["step"]) == ("eval", config.steps)]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_completedp.data.atomic import atomic_write
+from megatron_completedp.data.jsonl import read_whole_rows
 from megatron_completedp.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -32,7 +33,7 @@ class MetricsFile:
     """
 
     def __init__(self, path: Path, *, step: int) -> None:
-        kept = [row for row in read_metrics(path) if row["step"] <= step] if step else []
+        kept = [row for row in read_whole_rows(path) if row["step"] <= step] if step else []
         with atomic_write(path) as stream:
             stream.write("".join(json.dumps(row) + "\n" for row in kept).encode())
         self._file = path.open("a", encoding="utf-8")
@@ -96,16 +97,3 @@ class TensorBoardSink:
     def close(self) -> None:
         """Flush and close the event file."""
         self._writer.close()
-
-
-def read_metrics(path: Path) -> list[Row]:
-    """The whole rows of a metrics file; a torn last line and a missing file are no rows."""
-    if not path.exists():
-        return []
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            break
-    return rows

@@ -29,7 +29,7 @@ from megatron_completedp.mcore.store import list_checkpoints, step_of
 from megatron_completedp.plan.run_plan import Plan
 from megatron_completedp.train import start as _imported_before_the_forks  # noqa: F401
 from megatron_completedp.train.__main__ import main as train
-from megatron_completedp.train.metrics import read_metrics
+from megatron_completedp.data.jsonl import read_whole_rows
 
 RANKS = 2
 
@@ -89,7 +89,7 @@ def _be_rank(rank: int, port: int, group: int, config: Path, log: Path) -> None:
 
 def train_steps(folder: Path) -> list[int]:
     """The steps in the run's metrics."""
-    rows = read_metrics(folder / "metrics.jsonl")
+    rows = read_whole_rows(folder / "metrics.jsonl")
     return [row["step"] for row in rows if row["kind"] == "train"]
 
 

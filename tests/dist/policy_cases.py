@@ -26,7 +26,7 @@ from megatron_completedp.mcore.parallel import destroy_parallel
 from megatron_completedp.mcore.store import list_checkpoints
 from megatron_completedp.plan.run_plan import Plan
 from megatron_completedp.train.loop import RunResult
-from megatron_completedp.train.metrics import read_metrics
+from megatron_completedp.data.jsonl import read_whole_rows
 from megatron_completedp.train.start import train
 from tests.dist.engine_cases import LAYOUTS
 from tests.mcore.train_runs import losses, write_run
@@ -104,7 +104,7 @@ def diverge(policy: str, layout: str, harm: Harm, *, asynchronous: bool = False)
     except TrainingDiverged as error:
         outcome["error"] = str(error)
     dist.barrier()  # rank 0 has closed its files
-    rows = read_metrics(folder / "metrics.jsonl")
+    rows = read_whole_rows(folder / "metrics.jsonl")
     outcome["events"] = [row for row in rows if row["kind"] == "event"]
     outcome["losses"] = losses(folder)
     outcome["checkpoints"] = [path.name for path in list_checkpoints(folder / "checkpoints")]

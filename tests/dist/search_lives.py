@@ -25,6 +25,7 @@ from megatron_completedp.search.__main__ import main
 from megatron_completedp.study.points import outcome
 from megatron_completedp.train.folder import CHECKPOINTS, METRICS_FILE
 from megatron_completedp.train.signals import StopSignals
+from tests.tiny import TINY_MODEL
 
 STEPS = 10
 #: Tests that stop a worker in the middle of a trial make it last longer.
@@ -35,15 +36,7 @@ CLIFF = 0.9
 RUN: dict[str, Any] = {
     "run_dir": "unused",
     "hyperparams": {"lr": 0.01},
-    "model": {
-        "num_layers": 2,
-        "hidden_size": 64,
-        "ffn_hidden_size": 128,
-        "num_attention_heads": 2,
-        "head_dim": 32,
-        "vocab_size": 512,
-        "seq_length": 64,
-    },
+    "model": TINY_MODEL,
     "training": {"global_batch_size": 8, "train_steps": STEPS, "device": "cpu"},
     "data": {"train": ["train"], "valid": ["valid"]},
 }

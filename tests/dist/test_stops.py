@@ -13,7 +13,7 @@ import pytest
 
 pytest.importorskip("megatron.core")
 
-from megatron_completedp.train.metrics import read_metrics
+from megatron_completedp.data.jsonl import read_whole_rows
 from tests.mcore.train_runs import ROOT, finish, losses, make_corpus, start, write_run
 
 TP2 = ("--tensor-model-parallel-size", "2")
@@ -52,7 +52,7 @@ def wait_for_a_step(folder: Path, timeout_s: float = 90) -> None:
 
 def assert_stopped_and_resumes_like(folder: Path, config: Path, undisturbed: Path) -> None:
     step = losses(folder)[-1][0]
-    event = read_metrics(folder / "metrics.jsonl")[-1]
+    event = read_whole_rows(folder / "metrics.jsonl")[-1]
     assert (event["step"], event["what"], event["policy"]) == (step, "stop", "requeue")
     assert (folder / "requeue").read_text() == f"{event['message']}\n"
     assert (folder / "checkpoints" / f"step_{step:08d}").is_dir()

@@ -19,6 +19,7 @@ from megatron_completedp.config.sections import CheckpointConfig
 from megatron_completedp.core.hyperparams import Resolved
 from megatron_completedp.core.multipliers import ModuleMultipliers, Multipliers
 from megatron_completedp.core.roles import Module
+from megatron_completedp.data.jsonl import read_whole_rows
 from megatron_completedp.errors import CheckpointError
 from megatron_completedp.mcore.checkpoint import Saver, resume
 from megatron_completedp.mcore.checkpoint_info import read_info, read_table
@@ -28,7 +29,6 @@ from megatron_completedp.mcore.optimizer import check_live_values
 from megatron_completedp.mcore.platform import Platform
 from megatron_completedp.mcore.store import checkpoint_path, list_checkpoints
 from megatron_completedp.plan.run_plan import Plan
-from megatron_completedp.train.metrics import read_metrics
 from tests.mcore.conftest import Command
 from tests.mcore.engine_runs import batches, run_config
 from tests.mcore.train_runs import (
@@ -309,7 +309,9 @@ def test_the_next_start_goes_on(run: tuple[Path, Path], command: Command, corpus
     whole = folder.with_name("whole")
     assert command(write_run(whole, corpus)) == (0, "")
     assert losses(folder) == losses(whole)
-    assert [row for row in read_metrics(folder / "metrics.jsonl") if row["kind"] == "event"] == []
+    assert [
+        row for row in read_whole_rows(folder / "metrics.jsonl") if row["kind"] == "event"
+    ] == []
 
 
 def test_a_damaged_checkpoint_is_an_event_and_no_checkpoint_an_error(
@@ -319,7 +321,7 @@ def test_a_damaged_checkpoint_is_an_event_and_no_checkpoint_an_error(
     newest = checkpoint_path(folder / "checkpoints", 8)
     flip(newest)
     assert command(config, "--checkpoint.keep-last", "9") == (0, "")
-    events = [row for row in read_metrics(folder / "metrics.jsonl") if row["kind"] == "event"]
+    events = [row for row in read_whole_rows(folder / "metrics.jsonl") if row["kind"] == "event"]
     (event,) = events
     assert (event["step"], event["what"]) == (4, "resume")
     assert event["message"].startswith("skipped step_00000008: ")
@@ -352,6 +354,6 @@ def test_the_command_changes_hyperparameters_only_by_name(
     assert command(config, *change, *allow) == (0, "")
     assert (folder / "config.1.yaml").read_bytes() == before
     assert load_config(folder / "config.yaml").hyperparams.beta1 == 0.8
-    events = [row for row in read_metrics(folder / "metrics.jsonl") if row["kind"] == "event"]
+    events = [row for row in read_whole_rows(folder / "metrics.jsonl") if row["kind"] == "event"]
     assert events[0]["message"].startswith("hyperparameters changed on request:\nmodule")
     assert read_table(checkpoint_path(folder / "checkpoints", STEPS))["modules"][0]["beta1"] == 0.8

@@ -14,6 +14,7 @@ from megatron.core.utils import unwrap_model
 
 from megatron_completedp.config.load import load_config
 from megatron_completedp.config.parallel import ParallelConfig
+from megatron_completedp.data.jsonl import read_whole_rows
 from megatron_completedp.errors import TrainingDiverged
 from megatron_completedp.mcore.checkpoint import load_checkpoint
 from megatron_completedp.mcore.engine import Batch, Engine, StepResult
@@ -21,7 +22,7 @@ from megatron_completedp.mcore.parallel import destroy_parallel
 from megatron_completedp.mcore.platform import CpuPlatform
 from megatron_completedp.plan.run_plan import Plan
 from megatron_completedp.train.loop import RunResult
-from megatron_completedp.train.metrics import Row, read_metrics
+from megatron_completedp.train.metrics import Row
 from megatron_completedp.train.start import train
 from tests.mcore.engine_runs import batches, run_config
 from tests.mcore.train_runs import STEPS, losses, make_corpus, write_run
@@ -84,7 +85,7 @@ def checkpoint(folder: Path, step: int) -> Path:
 
 
 def events(folder: Path) -> list[Row]:
-    rows = read_metrics(folder / "metrics.jsonl")
+    rows = read_whole_rows(folder / "metrics.jsonl")
     return [row for row in rows if row["kind"] == "event" and row["what"] != "resume"]
 
 
@@ -194,7 +195,7 @@ def test_skip_leaves_one_update_out(corpus: Path, tmp_path: Path) -> None:
     assert (event["step"], event["what"], event["policy"]) == (BAD, "nonfinite", "skip")
     assert event["message"].endswith("Skipped the update (1 of at most 20).")
     # Data and schedule moved on: no step is repeated, and the rate is that of the step's number.
-    rows = [row for row in read_metrics(folder / "metrics.jsonl") if row["kind"] == "train"]
+    rows = [row for row in read_whole_rows(folder / "metrics.jsonl") if row["kind"] == "train"]
     assert [row["step"] for row in rows] == [s for s in range(1, STEPS + 1) if s != BAD]
     schedule = load_config(folder / "config.yaml").schedule
     assert [row["lr_fraction"] for row in rows] == [

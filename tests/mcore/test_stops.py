@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from megatron_completedp.config.load import load_config
+from megatron_completedp.data.jsonl import read_whole_rows
 from megatron_completedp.errors import REQUEUE_EXIT_CODE, DataError
 from megatron_completedp.mcore.checkpoint import Saver
 from megatron_completedp.mcore.engine import Engine
@@ -20,7 +21,7 @@ from megatron_completedp.mcore.parallel import destroy_parallel
 from megatron_completedp.mcore.store import list_checkpoints
 from megatron_completedp.plan.run_plan import Plan
 from megatron_completedp.train.loop import RunResult
-from megatron_completedp.train.metrics import Row, read_metrics
+from megatron_completedp.train.metrics import Row
 from megatron_completedp.train.start import train
 from tests.mcore.train_runs import (
     INTERVAL,
@@ -52,7 +53,7 @@ def train_here(config: Path) -> RunResult:
 
 
 def metrics(folder: Path, kind: str) -> list[Row]:
-    return [row for row in read_metrics(folder / "metrics.jsonl") if row["kind"] == kind]
+    return [row for row in read_whole_rows(folder / "metrics.jsonl") if row["kind"] == kind]
 
 
 def newest_step(folder: Path) -> int:

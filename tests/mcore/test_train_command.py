@@ -21,13 +21,13 @@ import pytest
 import torch
 
 from megatron_completedp.config.load import load_config
+from megatron_completedp.data.jsonl import read_whole_rows
 from megatron_completedp.mcore import engine as engine_module
 from megatron_completedp.mcore.checkpoint import load_checkpoint
 from megatron_completedp.mcore.engine import Engine
 from megatron_completedp.mcore.platform import Platform
 from megatron_completedp.mcore.store import list_checkpoints
 from megatron_completedp.plan.run_plan import Plan
-from megatron_completedp.train.metrics import read_metrics
 from tests.mcore.conftest import Command
 from tests.mcore.train_runs import (
     INTERVAL,
@@ -121,7 +121,7 @@ def test_a_killed_run_ends_as_if_nothing_had_happened(
 def wait_for_step(metrics: Path, step: int, timeout_s: float = 90) -> None:
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
-        if any(row["step"] >= step for row in read_metrics(metrics)):
+        if any(row["step"] >= step for row in read_whole_rows(metrics)):
             return
         time.sleep(0.01)
     raise AssertionError(f"{metrics} did not reach step {step} within {timeout_s} s")
@@ -325,7 +325,7 @@ def test_divergence_names_step_groups_and_the_last_good_checkpoint(
     assert code == 1
     assert message.startswith(f"error: {what}")
     assert message.endswith(f"The last good checkpoint is {kept}.\n")
-    event = read_metrics(folder / "metrics.jsonl")[-1]
+    event = read_whole_rows(folder / "metrics.jsonl")[-1]
     assert event["kind"] == "event"
     assert message == f"error: {event['message']}\n"
     assert list_checkpoints(folder / "checkpoints")[-1] == kept

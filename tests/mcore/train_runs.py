@@ -11,8 +11,9 @@ from typing import Any
 
 import yaml
 
+from megatron_completedp.data.jsonl import read_whole_rows
 from megatron_completedp.data.quick import QuickSettings, quick
-from megatron_completedp.train.metrics import read_metrics
+from tests.tiny import TINY_MODEL
 
 ROOT = Path(__file__).parents[2]
 STEPS = 20
@@ -21,15 +22,7 @@ INTERVAL = 4
 
 _TREE: dict[str, Any] = {
     "hyperparams": {"lr": 0.01},
-    "model": {
-        "num_layers": 2,
-        "hidden_size": 64,
-        "ffn_hidden_size": 128,
-        "num_attention_heads": 2,
-        "head_dim": 32,
-        "vocab_size": 512,
-        "seq_length": 64,
-    },
+    "model": TINY_MODEL,
     "training": {
         "global_batch_size": 8,
         "micro_batch_size": 4,
@@ -95,5 +88,5 @@ def finish(process: subprocess.Popen[str], *, timeout_s: float = 120) -> tuple[i
 
 def losses(run_dir: Path, kind: str = "train") -> list[tuple[int, float]]:
     """(step, loss) of every row of one kind in the run's metrics, in the file's order."""
-    rows = read_metrics(run_dir / "metrics.jsonl")
+    rows = read_whole_rows(run_dir / "metrics.jsonl")
     return [(row["step"], row["loss"]) for row in rows if row["kind"] == kind]

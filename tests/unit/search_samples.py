@@ -13,19 +13,12 @@ from megatron_completedp.search.objective import Cost, Facts, Objective
 from megatron_completedp.search.queue import Queue
 from megatron_completedp.search.settings import DatabaseSettings, SearchSettings
 from megatron_completedp.search.storage import connect, open_study
+from tests.tiny import TINY_MODEL
 
 RUN: dict[str, Any] = {
     "run_dir": "unused",
     "hyperparams": {"lr": 0.01},
-    "model": {
-        "num_layers": 2,
-        "hidden_size": 64,
-        "ffn_hidden_size": 128,
-        "num_attention_heads": 2,
-        "head_dim": 32,
-        "vocab_size": 512,
-        "seq_length": 64,
-    },
+    "model": TINY_MODEL,
     "training": {"global_batch_size": 8, "train_steps": 10, "device": "cpu"},
     "data": {"train": ["train"], "valid": ["valid"]},
 }

@@ -95,7 +95,7 @@ def test_the_reference_alone(tmp_path: Path) -> None:
     encoder = Encoder(load_tokenizer(byte_level_json(tmp_path / "t.json")), engine="reference")
     counts = EncodeCounts()
     assert_same(encoder, ["", *TEXTS, "a \ufffd b"], counts)
-    assert encoder.name == encoder.tokenizer.library
+    assert encoder.name == encoder.tokenizer.reference_library
     assert (counts.reference_documents, counts.compared_documents) == (5, 0)
 
 
@@ -152,7 +152,7 @@ def test_other_kinds_are_left_to_their_library(
     tokenizer = load_tokenizer(UNTRUSTED[kind](tmp_path))
     with caplog.at_level(logging.WARNING):
         encoder = Encoder(tokenizer)
-    assert encoder.name == tokenizer.library
+    assert encoder.name == tokenizer.reference_library
     assert "is left to" in caplog.text
     if kind != "dropout":  # whose ids are drawn
         assert_same(encoder, ["the fox    jumps", "\ufb01\u0301 "], EncodeCounts())
@@ -164,7 +164,7 @@ def test_without_gigatoken(
     monkeypatch.setitem(sys.modules, "gigatoken", None)
     tokenizer = load_tokenizer(sentencepiece_model(tmp_path / "t.model"))
     with caplog.at_level(logging.WARNING):
-        assert Encoder(tokenizer).name == tokenizer.library
+        assert Encoder(tokenizer).name == tokenizer.reference_library
     assert "pip install gigatoken" in caplog.text
 
 

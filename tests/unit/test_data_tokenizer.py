@@ -41,7 +41,7 @@ def test_interface_of_a_trained_model(tmp_path: Path) -> None:
     assert tokenizer.pad == -1
     assert tokenizer.decode([tokenizer.eod]) == ""
     assert tokenizer.control_literals == ("<unk>", "<s>", "</s>")
-    assert tokenizer.library == f"sentencepiece {sentencepiece.__version__}"
+    assert tokenizer.reference_library == f"sentencepiece {sentencepiece.__version__}"
     assert len(tokenizer.encode("the fox")) < len("the fox"), "merges were learned"
     # megatron-core hashes these as JSON to name its index cache.
     assert json.loads(json.dumps(tokenizer.unique_identifiers))["sha256"] == tokenizer.sha256

@@ -5,23 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from plan_samples import SHAPE
 
 from megatron_completedp.config.parallel import ParallelConfig
 from megatron_completedp.core.budget import model_flops_per_token
-from megatron_completedp.core.shape import ModelShape
 from megatron_completedp.plan.cost import bubble_fraction, step_cost, traffic
 from megatron_completedp.plan.devices import DEVICES
 from megatron_completedp.plan.memory import Workload
 
-SHAPE = ModelShape(
-    num_layers=8,
-    hidden_size=128,
-    ffn_hidden_size=352,
-    num_attention_heads=4,
-    head_dim=32,
-    vocab_size=512,
-    seq_length=64,
-)
 WORK = Workload(data_parallel_size=1, micro_batch_size=2, micro_batches=8, precision="bf16")
 H100 = DEVICES["H100"]
 

@@ -6,21 +6,12 @@ from dataclasses import replace
 from itertools import product
 
 import pytest
+from plan_samples import SHAPE
 
 from megatron_completedp.config.parallel import ParallelConfig
 from megatron_completedp.core.roles import GAIN_ROLES, MODULE_ROLES, OUTSIDE_STACK, Module
-from megatron_completedp.core.shape import ModelShape
 from megatron_completedp.plan.memory import Workload, peak_memory, rank_modules, stage_memory
 
-SHAPE = ModelShape(
-    num_layers=8,
-    hidden_size=128,
-    ffn_hidden_size=352,
-    num_attention_heads=4,
-    head_dim=32,
-    vocab_size=512,
-    seq_length=64,
-)
 WORK = Workload(data_parallel_size=4, micro_batch_size=2, micro_batches=8, precision="bf16")
 
 

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from megatron_completedp.data.jsonl import read_whole_rows
 from megatron_completedp.errors import ConfigError
 from megatron_completedp.train.metrics import (
     ConsoleSink,
     MetricsFile,
     Row,
     TensorBoardSink,
-    read_metrics,
 )
 
 ROWS: list[Row] = [
@@ -37,33 +37,33 @@ def path(tmp_path: Path) -> Path:
 def test_resuming_drops_only_what_will_be_written_again(path: Path) -> None:
     """Rows at the resumed step itself were written before its checkpoint: they stay."""
     MetricsFile(path, step=2).close()
-    assert read_metrics(path) == ROWS[:3]
+    assert read_whole_rows(path) == ROWS[:3]
 
 
 def test_a_run_that_starts_over_drops_everything(path: Path) -> None:
     MetricsFile(path, step=0).close()
-    assert read_metrics(path) == []
+    assert read_whole_rows(path) == []
 
 
 def test_a_torn_line_is_dropped_and_the_next_row_is_whole(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-9])
-    assert read_metrics(path) == ROWS[:-1]
+    assert read_whole_rows(path) == ROWS[:-1]
     metrics = MetricsFile(path, step=4)
     metrics.write(ROWS[-1])
     metrics.close()
-    assert read_metrics(path) == ROWS
+    assert read_whole_rows(path) == ROWS
 
 
 def test_rows_are_there_before_the_file_is_closed(tmp_path: Path) -> None:
     """A run that is killed keeps every row it has written."""
     metrics = MetricsFile(tmp_path / "metrics.jsonl", step=0)
     metrics.write(ROWS[0])
-    assert read_metrics(tmp_path / "metrics.jsonl") == ROWS[:1]
+    assert read_whole_rows(tmp_path / "metrics.jsonl") == ROWS[:1]
     metrics.close()
 
 
 def test_a_missing_file_has_no_rows(tmp_path: Path) -> None:
-    assert read_metrics(tmp_path / "metrics.jsonl") == []
+    assert read_whole_rows(tmp_path / "metrics.jsonl") == []
 
 
 def test_console_has_one_line_per_row(caplog: pytest.LogCaptureFixture) -> None:
