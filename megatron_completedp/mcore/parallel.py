@@ -9,6 +9,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
+from torch.distributed import distributed_c10d
 
 from megatron_completedp.config.parallel import ParallelConfig
 from megatron_completedp.errors import ConfigError
@@ -75,14 +76,15 @@ def initialize_parallel(
 
 
 def destroy_parallel(*, keep_process_group: bool = False) -> None:
-    """Drop Megatron's groups, and torch.distributed too unless `keep_process_group`.
+    """Drop every process group, but the default one if `keep_process_group`.
 
     Keep it to set up another layout in the same processes: a second start would race for the port.
     """
     if dist.is_initialized() and keep_process_group:
-        # Megatron only forgets its groups; each would keep three threads that wake up all the time.
-        for group in parallel_state._global_process_group_list or []:
-            if group is not None:  # None stands for the default group
+        # Megatron only forgets its groups, and the optimizer's own are in no list of it; each would
+        # keep three threads that wake up all the time.
+        for group in list(distributed_c10d._world.pg_map):
+            if group is not dist.group.WORLD:
                 dist.destroy_process_group(group)
     parallel_state.destroy_model_parallel()
     if dist.is_initialized() and not keep_process_group:
