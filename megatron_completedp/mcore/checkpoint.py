@@ -23,6 +23,7 @@ from megatron_completedp.config.sections import CheckpointConfig
 from megatron_completedp.core.identity import check_changes, describe
 from megatron_completedp.errors import CheckpointError
 from megatron_completedp.mcore import store
+from megatron_completedp.mcore.bucket_padding import offsets_without_padding
 from megatron_completedp.mcore.checkpoint_info import (
     CheckpointInfo,
     describe_run,
@@ -257,9 +258,10 @@ def _state(engine: Engine, metadata: dict[str, Any], *, is_loading: bool) -> dic
         name: model.sharded_state_dict(metadata=metadata)
         for name, model in _bare_models(engine).items()
     }
-    optimizer = engine.optimizer.sharded_state_dict(
-        models, is_loading=is_loading, metadata=metadata
-    )
+    with offsets_without_padding(engine.optimizer):
+        optimizer = engine.optimizer.sharded_state_dict(
+            models, is_loading=is_loading, metadata=metadata
+        )
     return {**models, "optimizer": optimizer}
 
 

@@ -59,7 +59,7 @@ def build_optimizer(
     optimizer = get_megatron_optimizer(config, list(chunks), config_overrides={})
     table = planned_values(groups)
     rows = _rows_by_parameter(parameters, groups)
-    for part in _parts(optimizer):
+    for part in optimizer_parts(optimizer):
         segments = {
             held: segments_of_shard(rows[model], model[0].numel(), start, stop)
             for held, model, start, stop in _held_tensors(part)
@@ -109,7 +109,7 @@ def apply_update(optimizer: MegatronOptimizer, *, norm: float, clip_grad: float)
     """
     # Megatron's and torch's formula; the small number keeps a norm of 0 from dividing.
     scale = min(1.0, clip_grad / (norm + 1e-6)) if clip_grad else 1.0
-    for part in _parts(optimizer):
+    for part in optimizer_parts(optimizer):
         part.optimizer.grad_scale = scale
     optimizer.step_with_ready_grads()
 
@@ -137,7 +137,7 @@ def check_live_values(
     loaded. This is the proof, after every load, that no number moved.
     """
     planned = {"max_lr": 1.0, "min_lr": schedule.min_lr_fraction}
-    for part in _parts(optimizer):
+    for part in optimizer_parts(optimizer):
         if part.optimizer.table != planned_values(groups):
             raise CheckpointError(
                 "the live optimizer's table of hyperparameters is not the planned one. This is a "
@@ -167,7 +167,7 @@ def _rows_by_parameter(
     }
 
 
-def _parts(optimizer: MegatronOptimizer) -> Sequence[MegatronOptimizer]:
+def optimizer_parts(optimizer: MegatronOptimizer) -> Sequence[MegatronOptimizer]:
     """The optimizers inside Megatron's chain (one, for a dense model), or the one given."""
     parts = getattr(optimizer, "chained_optimizers", [optimizer])
     return [part for part in parts if not getattr(part, "is_stub_optimizer", False)]

@@ -22,7 +22,7 @@ from megatron_completedp.config.parallel import ParallelConfig
 from megatron_completedp.config.run import RunConfig
 from megatron_completedp.core.shape import ModelShape
 from megatron_completedp.mcore.engine import Engine, StepResult
-from megatron_completedp.mcore.optimizer import _held_tensors, _parts
+from megatron_completedp.mcore.optimizer import _held_tensors, optimizer_parts
 from megatron_completedp.optim.backend import StepInputs
 from megatron_completedp.optim.per_module import PerModuleAdamW
 from megatron_completedp.optim.reference import reference_adamw
@@ -147,7 +147,7 @@ def _follow(engine: Engine) -> dict[str, float]:
 
 def _capture_gradients(engine: Engine, captured: list[list[Piece]]) -> None:
     """Append the gradients of every step to `captured` just before they are used."""
-    (part,) = _parts(engine.optimizer)
+    (part,) = optimizer_parts(engine.optimizer)
     step = part.optimizer.step
 
     def capture_and_step() -> None:
@@ -170,7 +170,7 @@ def _held_pieces(engine: Engine, choose: Callable[[PerModuleAdamW, Tensor], Tens
     names = {item.parameter: item.global_name for item in engine.parameters}
     return [
         _piece(names[model], model, start, stop, choose(part.optimizer, held))
-        for part in _parts(engine.optimizer)
+        for part in optimizer_parts(engine.optimizer)
         for held, model, start, stop in _held_tensors(part)
     ]
 

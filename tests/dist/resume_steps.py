@@ -20,7 +20,7 @@ from megatron_completedp.config.parallel import ParallelConfig
 from megatron_completedp.config.sections import CheckpointConfig
 from megatron_completedp.mcore.checkpoint import Saver, load_checkpoint
 from megatron_completedp.mcore.engine import Engine
-from megatron_completedp.mcore.optimizer import _parts
+from megatron_completedp.mcore.optimizer import optimizer_parts
 from megatron_completedp.mcore.store import checkpoint_path
 from tests.mcore.engine_runs import batches, run_config, run_engine
 
@@ -78,7 +78,7 @@ def _train(engine: Engine, until: int) -> History:
             }
         )
     evaluation = engine.evaluate(batches(engine.config, 1000, **ranks))
-    (part,) = _parts(engine.optimizer)
+    (part,) = optimizer_parts(engine.optimizer)
     inner = part.optimizer
     held = inner.param_groups[0]["params"]
     tracker = get_cuda_rng_tracker().get_states()
