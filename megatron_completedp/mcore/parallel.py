@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from dataclasses import dataclass
 from datetime import timedelta
@@ -9,6 +10,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from torch.distributed import distributed_c10d
 
 from megatron_completedp.config.parallel import ParallelConfig
@@ -89,6 +91,10 @@ def destroy_parallel(*, keep_process_group: bool = False) -> None:
     parallel_state.destroy_model_parallel()
     if dist.is_initialized() and not keep_process_group:
         dist.destroy_process_group()
+    # A group's threads end with its last reference: models hold theirs in cycles, and the rotary
+    # embedding's cache holds the embedding.
+    RotaryEmbedding.forward.cache_clear()
+    gc.collect()
 
 
 def _start_process_group(platform: Platform, timeout_s: float) -> None:

@@ -12,6 +12,8 @@ import logging
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -31,6 +33,7 @@ from megatron_completedp.plan.run_plan import Plan
 from tests.mcore.conftest import Command
 from tests.mcore.train_runs import (
     INTERVAL,
+    ROOT,
     STEPS,
     finish,
     losses,
@@ -342,3 +345,22 @@ def test_divergence_before_any_checkpoint_says_so(
     code, message = command(write_run(tmp_path / "run", corpus, **changes))
     assert code == 1
     assert message.endswith("No checkpoint was written yet.\n")
+
+
+def test_runs_of_one_process_leave_no_threads_behind(corpus: Path, tmp_path: Path) -> None:
+    """A search's worker trains hundreds of runs; gloo's threads of old groups would slow each."""
+    configs = [str(write_run(tmp_path / name, corpus, checkpoint__interval=0)) for name in "abc"]
+    code = f"""
+import os
+from pathlib import Path
+from megatron_completedp.study.points import train_point
+for config in {configs!r}:
+    train_point(Path(config), ranks=1)
+    print("threads", len(os.listdir("/proc/self/task")))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    counts = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("threads")]
+    assert len(counts) == 3, done.stderr
+    assert counts[1] == counts[2], counts  # the first run starts threads that stay, once
