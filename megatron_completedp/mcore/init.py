@@ -6,7 +6,6 @@ Megatron draws per stage and per shard, so another TP or PP size means other wei
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Sequence
 
@@ -18,6 +17,7 @@ from megatron_completedp.core.roles import GAIN_ROLES, MODULE_ROLES, Module
 from megatron_completedp.core.shape import ModelShape
 from megatron_completedp.errors import HyperparamError
 from megatron_completedp.mcore.classify import ClassifiedParameter, module_shape, partition_dim
+from megatron_completedp.mcore.draw import draw_weight
 
 #: The std of a module's weights at a global layer (None outside the stack); None for gains.
 InitStd = Callable[[Module, int | None], float | None]
@@ -57,22 +57,6 @@ def initialize_parameters(
             else:
                 values = draw_weight(module, item.layer, shape, std, seed=seed)
             _place(item, module, local_slice(values, module, tp_rank=tp_rank, tp_size=tp_size))
-
-
-def draw_weight(
-    module: Module, layer: int | None, shape: ModelShape, std: float, *, seed: int
-) -> Tensor:
-    """Draw one whole, unfused weight in fp32 on the CPU, of shape `module_shape(module, shape)`.
-
-    The draw is normal(0, 1) from a stream of (seed, module, layer), times std: another std
-    scales the same weights, and no other module's draw moves. Padded vocabulary rows are drawn
-    like the rest.
-    """
-    # A cryptographic hash keeps the streams of neighbouring layers and seeds apart, and unlike
-    # Python's hash() it is the same in every process.
-    digest = hashlib.sha256(f"{seed}/{module}/{layer}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big"))
-    return torch.randn(module_shape(module, shape), generator=generator).mul_(std)
 
 
 def local_slice(full: Tensor, module: Module, *, tp_rank: int, tp_size: int) -> Tensor:

@@ -13,13 +13,9 @@ from megatron_completedp.core.roles import GAIN_ROLES, MODULE_ROLES, Module
 from megatron_completedp.core.shape import ModelShape
 from megatron_completedp.errors import HyperparamError
 from megatron_completedp.mcore.classify import ClassifiedParameter, classify_model
+from megatron_completedp.mcore.draw import draw_weight
 from megatron_completedp.mcore.dry_run import simulated_rank
-from megatron_completedp.mcore.init import (
-    InitStd,
-    draw_weight,
-    initialize_parameters,
-    local_slice,
-)
+from megatron_completedp.mcore.init import InitStd, initialize_parameters, local_slice
 from megatron_completedp.mcore.model import Precision, build_model
 from megatron_completedp.mcore.platform import CpuPlatform
 
