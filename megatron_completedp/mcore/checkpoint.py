@@ -15,15 +15,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing, parallel_state
+from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue, AsyncRequest
-from megatron.core.utils import unwrap_model
 
 from megatron_completedp.config.sections import CheckpointConfig
 from megatron_completedp.core.identity import check_changes, describe
 from megatron_completedp.errors import CheckpointError
 from megatron_completedp.mcore import store
-from megatron_completedp.mcore.bucket_padding import offsets_without_padding
 from megatron_completedp.mcore.checkpoint_info import (
     CheckpointInfo,
     describe_run,
@@ -40,6 +38,12 @@ from megatron_completedp.mcore.save_request import (
     collect_digests,
     plan_request,
     write_here,
+)
+from megatron_completedp.mcore.sharded_state import (
+    bare_models,
+    content_metadata,
+    data_parallel_group,
+    sharded_state,
 )
 
 
@@ -116,11 +120,11 @@ class Saver:
         dist.broadcast_object_list(made)
         (temporary,) = made
         assert temporary is not None, "rank 0 made the folder or all ranks raised"
-        metadata = _content_metadata()
+        metadata = content_metadata()
         with all_or_none(target, temporary):
             request = plan_request(
                 {
-                    **_state(engine, metadata, is_loading=False),
+                    **sharded_state(engine.chunks, engine.optimizer, metadata, is_loading=False),
                     "random": random_state(engine.device),
                 },
                 temporary,
@@ -193,8 +197,8 @@ def load_checkpoint(
     info = read_info(path)
     notes = _check_identity(engine, path, info, allowed)
     metadata = dist_checkpointing.load_content_metadata(str(path)) or {}
-    metadata["dp_cp_group"] = _data_parallel_group()
-    wanted = _state(engine, metadata, is_loading=True)
+    metadata["dp_cp_group"] = data_parallel_group()
+    wanted = sharded_state(engine.chunks, engine.optimizer, metadata, is_loading=True)
     same_layout = info.layout == layout()
     if same_layout:
         wanted["random"] = random_state(engine.device)
@@ -204,7 +208,7 @@ def load_checkpoint(
             "the run's seed (no layer draws from them unless dropout is on)"
         )
     state = dist_checkpointing.load(wanted, str(path))
-    for name, model in _bare_models(engine).items():
+    for name, model in bare_models(engine.chunks).items():
         model.load_state_dict(state[name])
     with torch.no_grad():  # the optimizer copies into views of its buffers
         engine.optimizer.load_state_dict(state["optimizer"])
@@ -251,36 +255,3 @@ def shared_problem(path: Path) -> str | None:
     problems: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(problems, problem)
     return next(filter(None, problems), None)
-
-
-def _state(engine: Engine, metadata: dict[str, Any], *, is_loading: bool) -> dict[str, Any]:
-    models = {
-        name: model.sharded_state_dict(metadata=metadata)
-        for name, model in _bare_models(engine).items()
-    }
-    with offsets_without_padding(engine.optimizer):
-        optimizer = engine.optimizer.sharded_state_dict(
-            models, is_loading=is_loading, metadata=metadata
-        )
-    return {**models, "optimizer": optimizer}
-
-
-def _bare_models(engine: Engine) -> dict[str, Any]:
-    """The GPTModel of each chunk, unwrapped, by its name in the checkpoint."""
-    chunks = unwrap_model(engine.chunks)
-    if len(chunks) == 1:
-        return {"model": chunks[0]}
-    return {f"model{index}": chunk for index, chunk in enumerate(chunks)}
-
-
-def _content_metadata() -> dict[str, Any]:
-    return {
-        "distrib_optim_sharding_type": "fully_reshardable",
-        "singleton_local_shards": False,
-        "chained_optim_avoid_prefix": True,
-        "dp_cp_group": _data_parallel_group(),
-    }
-
-
-def _data_parallel_group() -> dist.ProcessGroup:
-    return parallel_state.get_data_parallel_group(with_context_parallel=True)

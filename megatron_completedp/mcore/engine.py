@@ -87,7 +87,7 @@ class Engine:
             seed=config.seed,
         )
         self.groups = hyperparam_groups(resolved)
-        self.chunks = _wrap(chunks, config)
+        self.chunks = wrap_chunks(chunks, config)
         self.optimizer = build_optimizer(
             self.chunks,
             self.parameters,
@@ -255,7 +255,9 @@ def _whole_inventory(parameters: Sequence[ClassifiedParameter], shape: ModelShap
     return total
 
 
-def _wrap(chunks: Sequence[LanguageModel], config: RunConfig) -> list[DistributedDataParallel]:
+def wrap_chunks(
+    chunks: Sequence[LanguageModel], config: RunConfig
+) -> list[DistributedDataParallel]:
     """Mixed precision, then Megatron's data parallelism, around each model chunk."""
     parallel = config.parallel
     ddp_config = DistributedDataParallelConfig(

@@ -62,7 +62,7 @@ def build_optimizer(
     for part in optimizer_parts(optimizer):
         segments = {
             held: segments_of_shard(rows[model], model[0].numel(), start, stop)
-            for held, model, start, stop in _held_tensors(part)
+            for held, model, start, stop in held_tensors(part)
         }
         part.optimizer.assign(table, segments)
     return optimizer
@@ -173,10 +173,13 @@ def optimizer_parts(optimizer: MegatronOptimizer) -> Sequence[MegatronOptimizer]
     return [part for part in parts if not getattr(part, "is_stub_optimizer", False)]
 
 
-def _held_tensors(
+def held_tensors(
     part: MegatronOptimizer,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, int, int]]:
-    """(tensor of the inner optimizer, the model's parameter, and which flat elements of it)."""
+    """(tensor of the inner optimizer, the model's parameter, and which flat elements of it).
+
+    `part` is one of `optimizer_parts`; a tensor may be empty on a rank.
+    """
     if isinstance(part, DistributedOptimizer):
         for models, shards in (
             (part.model_float16_groups, part.shard_fp32_from_float16_groups),

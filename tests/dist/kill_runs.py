@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_completedp.config.load import load_config
+from megatron_completedp.data.jsonl import read_whole_rows
 from megatron_completedp.errors import CompletedPError
 from megatron_completedp.mcore.checkpoint_info import read_table
 from megatron_completedp.mcore.manifest import verify
@@ -29,7 +30,6 @@ from megatron_completedp.mcore.store import list_checkpoints, step_of
 from megatron_completedp.plan.run_plan import Plan
 from megatron_completedp.train import start as _imported_before_the_forks  # noqa: F401
 from megatron_completedp.train.__main__ import main as train
-from megatron_completedp.data.jsonl import read_whole_rows
 
 RANKS = 2
 

@@ -20,13 +20,13 @@ import torch
 import torch.distributed as dist
 
 from megatron_completedp.config.load import load_config
+from megatron_completedp.data.jsonl import read_whole_rows
 from megatron_completedp.errors import TrainingDiverged
 from megatron_completedp.mcore.engine import Batch, Engine, StepResult
 from megatron_completedp.mcore.parallel import destroy_parallel
 from megatron_completedp.mcore.store import list_checkpoints
 from megatron_completedp.plan.run_plan import Plan
 from megatron_completedp.train.loop import RunResult
-from megatron_completedp.data.jsonl import read_whole_rows
 from megatron_completedp.train.start import train
 from tests.dist.engine_cases import LAYOUTS
 from tests.mcore.train_runs import losses, write_run

@@ -22,7 +22,7 @@ from megatron_completedp.config.parallel import ParallelConfig
 from megatron_completedp.config.run import RunConfig
 from megatron_completedp.core.shape import ModelShape
 from megatron_completedp.mcore.engine import Engine, StepResult
-from megatron_completedp.mcore.optimizer import _held_tensors, optimizer_parts
+from megatron_completedp.mcore.optimizer import held_tensors, optimizer_parts
 from megatron_completedp.optim.backend import StepInputs
 from megatron_completedp.optim.per_module import PerModuleAdamW
 from megatron_completedp.optim.reference import reference_adamw
@@ -171,7 +171,7 @@ def _held_pieces(engine: Engine, choose: Callable[[PerModuleAdamW, Tensor], Tens
     return [
         _piece(names[model], model, start, stop, choose(part.optimizer, held))
         for part in optimizer_parts(engine.optimizer)
-        for held, model, start, stop in _held_tensors(part)
+        for held, model, start, stop in held_tensors(part)
     ]
 
 

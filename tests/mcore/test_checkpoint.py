@@ -26,8 +26,8 @@ from megatron_completedp.core.multipliers import ModuleMultipliers, Multipliers
 from megatron_completedp.core.roles import Module
 from megatron_completedp.data.jsonl import read_whole_rows
 from megatron_completedp.errors import CheckpointError
-from megatron_completedp.mcore import checkpoint
 from megatron_completedp.mcore import engine as engine_module
+from megatron_completedp.mcore import sharded_state
 from megatron_completedp.mcore.checkpoint import Saver, resume
 from megatron_completedp.mcore.checkpoint_info import read_info, read_table
 from megatron_completedp.mcore.engine import Engine
@@ -180,7 +180,7 @@ def test_a_buffer_in_several_buckets_comes_back_bit_for_bit(
     one_each = partial(DistributedDataParallelConfig, bucket_size=1)  # 40M elements by default
     monkeypatch.setattr(engine_module, "DistributedDataParallelConfig", one_each)
     if not fixed:
-        monkeypatch.setattr(checkpoint, "offsets_without_padding", nullcontext)
+        monkeypatch.setattr(sharded_state, "offsets_without_padding", nullcontext)
     engine = engine_of(config, platform)
     (buffer,) = engine.chunks[0].buffers
     assert any(bucket.numel_unpadded % 128 for bucket in buffer.buckets[:-1]), "nothing is padded"
