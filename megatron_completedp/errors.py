@@ -42,6 +42,10 @@ class CheckpointError(CompletedPError):
     """A checkpoint is missing, incomplete or belongs to another run."""
 
 
+class LaunchError(CompletedPError):
+    """A job cannot be queued, started or queued again."""
+
+
 class ConversionError(CompletedPError):
     """A model cannot be converted: its files are not whole, or the other side cannot compute it."""
 

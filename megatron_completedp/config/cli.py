@@ -86,25 +86,27 @@ def read_arguments(
     description: str,
     extra: type[E],
     read: Callable[[str | Path], dict[str, Any]] = read_yaml,
+    file_flag: str = "config",
 ) -> tuple[dict[str, Any], E]:
     """The tree, not yet checked, from which `build` makes a `config`, and the command's own flags.
 
     `config` is a config dataclass; `extra` is a dataclass with the command's own flags. A flag
-    overrides the value in the YAML of `--config`, as `read` gives it, which overrides the default;
-    only the merged whole is to be checked. Usage errors and `--help` leave through SystemExit (2
-    and 0); a YAML file that cannot be read raises ConfigError.
+    overrides the value in the YAML of `--config` (or another `file_flag`), as `read` gives it,
+    which overrides the default; only the merged whole is to be checked. Usage errors and `--help`
+    leave through SystemExit (2 and 0); a YAML file that cannot be read raises ConfigError.
     """
     arguments = make_dataclass(
         "Arguments",
         [
-            ("config", Annotated[str | None, _CONFIG_FLAG], None),
+            (file_flag, Annotated[str | None, _FILE_FLAG], None),
             ("extra", Annotated[extra, tyro.conf.arg(name="")], MISSING),
             ("values", Annotated[_flags(config), tyro.conf.arg(name="")], MISSING),
         ],
         kw_only=True,
     )
     given: Any = tyro.cli(arguments, prog=prog, description=description, args=list(argv))
-    tree = {} if given.config is None else read(given.config)
+    path = getattr(given, file_flag)
+    tree = {} if path is None else read(path)
     return merge(tree, given.values), given.extra
 
 
@@ -184,7 +186,7 @@ def _default_text(entry: Entry) -> str:
     return f"(default: {entry.default})"
 
 
-_CONFIG_FLAG = tyro.conf.arg(
+_FILE_FLAG = tyro.conf.arg(
     metavar="PATH",
     help="YAML file with these settings; flags override its values.",
     help_behavior_hint="",

@@ -23,6 +23,8 @@ CHECKPOINTS = "checkpoints"
 #: There while, and only while, the run waits to be started again after a signal stopped it. The
 #: exit code says so too, but torchrun replaces it with its own.
 REQUEUE_FILE = "requeue"
+#: What launchers keep: logs and the count of starts. They write before the run itself does.
+LAUNCH = "launch"
 
 
 def claim(config: RunConfig, *, may_change_hyperparams: bool = False) -> Path:
@@ -51,7 +53,7 @@ def claim(config: RunConfig, *, may_change_hyperparams: bool = False) -> Path:
                 "configuration. Choose another run_dir, or restore the configuration to resume it "
                 "(--allow-hp-change lets hyperparameters differ)."
             )
-    elif folder.is_dir() and any(folder.iterdir()):
+    elif folder.is_dir() and any(path.name != LAUNCH for path in folder.iterdir()):
         raise ConfigError(
             f"run_dir {folder} is not empty and holds no {CONFIG_FILE}; nothing in it is "
             "overwritten. Choose a new or empty folder."

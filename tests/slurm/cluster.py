@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,8 +26,11 @@ ProctrackType=proctrack/pgid
 TaskPlugin=task/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
 JobRequeue=1
 KillWait=60
+AuthInfo=cred_expire=15
 MpiDefault=none
 ReturnToService=2
 SlurmdParameters=config_overrides
@@ -36,17 +40,30 @@ SlurmctldPidFile={folder}/slurmctld.pid
 SlurmdPidFile={folder}/slurmd.%n.pid
 SlurmctldLogFile={folder}/slurmctld.log
 SlurmdLogFile={folder}/slurmd.%n.log
-PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+PartitionName=all Nodes=ALL Default=YES PriorityTier=1 GraceTime=60 MaxTime=INFINITE State=UP
+PartitionName=high Nodes=ALL PriorityTier=10 PreemptMode=OFF MaxTime=INFINITE State=UP
 """
+
+#: Every wait for the cluster itself: loaded machines take their time.
+PATIENCE_S = 60
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """A running cluster."""
+    """A running cluster. Jobs in the partition `high` preempt those in `all`, the default.
+
+    A job that is queued again waits for AuthInfo's cred_expire, 2 minutes where it is not set.
+    """
 
     conf: Path
 
-    def run(self, *command: str, cwd: Path | None = None, **environment: str) -> str:
+    def run(
+        self,
+        *command: str,
+        cwd: Path | None = None,
+        timeout_s: float = PATIENCE_S,
+        **environment: str,
+    ) -> str:
         """The output of a SLURM command; fails the test where it fails."""
         done = subprocess.run(
             command,
@@ -54,7 +71,7 @@ class Cluster:
             env={**os.environ, "SLURM_CONF": str(self.conf), **environment},
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=timeout_s,
             check=False,
         )
         assert done.returncode == 0, f"{' '.join(command)}: {done.stdout}{done.stderr}"
@@ -81,6 +98,7 @@ def cluster(folder: Path, *, nodes: int, cpus: int) -> Iterator[Cluster]:
     lines = [_CONF.format(host=host, folder=folder, port=ports[0])]
     for number, port in enumerate(ports[1:], start=1):
         (folder / f"spool.n{number}").mkdir(parents=True)
+        _name_this_machine(f"n{number}")
         lines.append(
             f"NodeName=n{number} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs={cpus} "
             "RealMemory=64000\n"
@@ -92,17 +110,45 @@ def cluster(folder: Path, *, nodes: int, cpus: int) -> Iterator[Cluster]:
     try:
         for number in range(1, nodes + 1):
             found.run("/usr/sbin/slurmd", "-N", f"n{number}", "-f", str(conf))
-        _wait_for(found, nodes)
+        idle = ("sinfo", "-h", "-t", "idle", "-o", "%D")
+        wait_until("all nodes idle", lambda: found.run(*idle) == str(nodes), timeout_s=PATIENCE_S)
         yield found
     finally:
-        found.run("scontrol", "shutdown")
+        _stop(found)
 
 
-def _wait_for(found: Cluster, nodes: int) -> None:
-    deadline = time.monotonic() + 60
-    while found.run("sinfo", "-h", "-t", "idle", "-o", "%D") != str(nodes):
-        assert time.monotonic() < deadline, found.run("sinfo")
+def wait_until(what: str, reached: Callable[[], bool], *, timeout_s: float = 300) -> None:
+    """Fail the test, saying `what`, unless it is `reached` in time."""
+    deadline = time.monotonic() + timeout_s
+    while not reached():
+        assert time.monotonic() < deadline, f"after {timeout_s:.0f} s not yet: {what}"
         time.sleep(0.5)
+
+
+def _stop(found: Cluster) -> None:
+    """End jobs and daemons; a daemon that does not leave when asked to is killed."""
+    folder = found.conf.parent
+    with suppress(AssertionError, subprocess.TimeoutExpired):
+        found.run("scancel", "--user=root")
+        wait_until("no job", lambda: not found.jobs(), timeout_s=PATIENCE_S / 2)
+        found.run("scontrol", "shutdown")
+    deadline = time.monotonic() + PATIENCE_S / 2
+    for path in folder.glob("slurm*.pid"):
+        with suppress(OSError, ValueError):
+            pid = int(path.read_text())
+            while time.monotonic() < deadline:
+                os.kill(pid, 0)
+                time.sleep(0.2)
+            os.kill(pid, signal.SIGKILL)
+
+
+def _name_this_machine(node: str) -> None:
+    """Ranks find the head node by its name."""
+    try:
+        socket.gethostbyname(node)
+    except OSError:
+        with Path("/etc/hosts").open("a") as file:
+            file.write(f"127.0.0.1 {node}\n")
 
 
 def _start_munge() -> None:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,18 +15,11 @@ from optuna.trial import TrialState
 
 from tests import postgres
 from tests.dist.test_search_kill import ROOT, check_whole, settings, trials_of
-from tests.slurm.cluster import cluster
+from tests.slurm.cluster import cluster, wait_until
 
 WORKERS, TRIALS = 4, 32
 #: So long that a worker is stopped within a trial and not between two: 10 steps make one.
 STEP_S = 0.3
-
-
-def wait_until(what: str, reached: Callable[[], bool], *, timeout_s: float = 300) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not reached():
-        assert time.monotonic() < deadline, f"after {timeout_s:.0f} s not yet: {what}"
-        time.sleep(0.5)
 
 
 @pytest.mark.slow
@@ -46,8 +37,8 @@ def test_an_array_finishes_a_study_though_workers_are_preempted_and_killed(tmp_p
         config = settings(tmp_path, trials=TRIALS, database={"url": server.database()})
         job = slurm.run(
             "sbatch", "--parsable", f"--array=0-{WORKERS - 1}", "--mem-per-cpu=100M",
-            f"--output={tmp_path}/%a.log", "launch/slurm_search.sbatch",
-            "--config", str(config), "--out", str(out),
+            f"--output={tmp_path}/%a.log", "launch/slurm_array.sbatch",
+            "search", "--config", str(config), "--out", str(out),
             cwd=ROOT,
             COMPLETEDP_VENV=str(python.parents[1]), SEARCH_STEP_S=str(STEP_S),
         )  # fmt: skip

@@ -28,6 +28,7 @@ from preprocess_runs import (
 from megatron_completedp.data import preprocess as job
 from megatron_completedp.data.claims import claim
 from megatron_completedp.data.manifest import load_manifest
+from tests.slurm.cluster import cluster
 
 
 def kill_at_random(source: Path, reference: Path, tmp_path: Path, kills: int) -> None:
@@ -105,9 +106,10 @@ def test_the_array_script(source: Path, reference: Path, tmp_path: Path) -> None
         "PYTHONPATH": str(ROOT),
         "COMPLETEDP_VENV": sys.prefix,
         "SLURM_SUBMIT_DIR": str(ROOT),
+        "SLURM_JOB_ID": "1",
         "SLURM_CPUS_PER_TASK": "1",
     }
-    script = [str(ROOT / "launch" / "slurm_array.sbatch"), *arguments(source, out)]
+    script = [str(ROOT / "launch" / "slurm_array.sbatch"), "preprocess", *arguments(source, out)]
     tasks = [
         subprocess.Popen(
             ["bash", *script], env=environment, cwd=tmp_path, stderr=subprocess.PIPE, text=True
@@ -121,24 +123,18 @@ def test_the_array_script(source: Path, reference: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.slurm
-@pytest.mark.skipif(
-    "SLURM_CONF" not in os.environ or shutil.which("sbatch") is None,
-    reason="SLURM_CONF names no cluster",
-)
 def test_a_slurm_array(source: Path, reference: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    options = [
-        "--wait",
-        "--array=0-1",
-        "--cpus-per-task=1",
-        "--mem-per-cpu=100M",
-        f"--output={tmp_path}/%a.log",
-    ]
-    script = [str(ROOT / "launch" / "slurm_array.sbatch"), *arguments(source, out)]
-    environment = {**os.environ, "COMPLETEDP_VENV": sys.prefix, "PYTHONPATH": str(ROOT)}
-    subprocess.run(
-        ["sbatch", *options, *script], env=environment, cwd=ROOT, check=True, timeout=600
-    )
+    options = ["--wait", "--array=0-1", "--mem-per-cpu=100M", f"--output={tmp_path}/%a.log"]
+    script = [str(ROOT / "launch" / "slurm_array.sbatch"), "preprocess"]
+    with cluster(tmp_path / "slurm", nodes=2, cpus=1) as slurm:
+        slurm.run(
+            *["sbatch", *options, *script, *arguments(source, out)],
+            cwd=ROOT,
+            timeout_s=300,
+            COMPLETEDP_VENV=sys.prefix,
+            PYTHONPATH=str(ROOT),
+        )
     assert shard_hashes(out) == shard_hashes(reference)
 
 

@@ -1,0 +1,1 @@
+"""Jobs on a SLURM cluster: `python -m megatron_completedp.launch`. Imports no torch."""
