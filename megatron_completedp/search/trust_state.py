@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, fields
 from operator import attrgetter
 
 from megatron_completedp.errors import ConfigError
+from megatron_completedp.search.seed_noise import SeedNoise
 
 #: The point that a search starts from. Other points are named by the slot that first ran them.
 START = -1
@@ -33,7 +34,8 @@ class Run:
     point: int
     """What it ran: `START`, or the slot that ran this point first (its own, for a child)."""
     replicate: int
-    """Which run of the point this is; 0 is the first."""
+    """Which run of the point this is; 0 is the first. Runs of one number share their seed, so that
+    points are compared number by number; where they do not, that costs some power."""
     loss: float | None
     """Lower is better; None while it runs, inf if it diverged, was pruned or failed for good."""
     centre: tuple[int, ...] | None = None
@@ -56,13 +58,13 @@ class Rules:
     round find a better best one, fewer move more often; best-of-8 is where a quadratic's gain per
     run levels off."""
     start_replicates: int = 3
-    """Runs of the start, from which the seed noise is first estimated: 2 degrees of freedom, which
-    each challenge adds to. 1 for an objective without noise."""
+    """Runs of the start, from which the noise is first estimated: 2 degrees of freedom, which each
+    challenge adds to. 1 for an objective without noise."""
     confirm: int = 3
     """Most fresh runs of a challenger. Its first run was chosen for being the lowest of a round, so
     it is biased low and is not used; 0 trusts it nevertheless (an ablation)."""
     guard: float = 2.0
-    """Standard errors of the seed noise by which a challenger must win; 0 takes any lower mean."""
+    """Standard errors by which a challenger must win on equal seeds; 0 takes any lower mean."""
     cliff: float = 1.0
     """Nats above the incumbent from which a run ranks last and is never averaged: its value says
     that something broke, not how good the point is. inf to average everything that is finite."""
@@ -126,7 +128,7 @@ class State:
     runs: int
     """How many runs that mean is of."""
     noise: float
-    """Standard deviation of a run, pooled over all repeated points; inf while none is repeated."""
+    """Standard deviation of a run over seeds, pooled over repeated points; inf without any."""
     centre: tuple[int, ...]
     """Points whose mean children are drawn around."""
     scale: float
@@ -151,69 +153,83 @@ class _Books:
 
     ended: Mapping[tuple[int, int], float]
     rules: Rules
-    losses: dict[int, list[float]] = field(default_factory=dict)
-    squares: dict[int, float] = field(default_factory=dict)
-    """Of the distances from the point's mean."""
+    losses: dict[int, dict[int, float]] = field(default_factory=dict)
+    """Of each point by replicate, which stands for a seed; none that diverged."""
+    noise: SeedNoise = field(default_factory=SeedNoise)
     attempts: dict[int, int] = field(default_factory=dict)
 
     def mean(self, point: int) -> float:
         """Mean loss of `point`'s runs, inf without any."""
-        losses = self.losses.get(point, ())
-        return sum(losses) / len(losses) if losses else math.inf
+        losses = self.losses.get(point, {})
+        return sum(losses.values()) / len(losses) if losses else math.inf
 
-    def noise(self) -> float:
-        """Pooled standard deviation of a run within its point; inf without a repeated point."""
-        freedom = sum(map(len, self.losses.values())) - len(self.losses)
-        return math.sqrt(sum(self.squares.values()) / freedom) if freedom else math.inf
+    def bar(self, incumbent: int) -> float:
+        """What children must be below: the incumbent's run of their seed where that is sharper."""
+        first, mean = self.ended.get((incumbent, 0), math.inf), self.mean(incumbent)
+        known = first <= mean + self.rules.cliff and incumbent in self.losses
+        return first if known and self._seeds_help(1, len(self.losses[incumbent])) else mean
 
-    def enter(self, point: int, loss: float) -> None:
+    def _seeds_help(self, runs: int, of_incumbent: int) -> bool:
+        """Whether `runs` on equal seeds tell more than the same number against all of another's."""
+        paired = self.noise.paired() * math.sqrt(2 / runs)
+        return paired < self.noise.run() * math.sqrt(1 / runs + 1 / of_incumbent)
+
+    def gain(self, challenger: int, incumbent: int) -> tuple[float, float]:
+        """Nats by which `challenger` is below `incumbent` in fresh runs, and the standard error.
+
+        Over equal seeds, or between the means where that is sharper: seeds may not be shared.
+        """
+        new, old = self.losses[challenger], self.losses[incumbent]
+        gains = [old[seed] - new[seed] for seed in new if seed in old]
+        if gains and self._seeds_help(len(gains), len(old)):
+            return sum(gains) / len(gains), self.noise.paired() * math.sqrt(2 / len(gains))
+        difference = self.mean(incumbent) - self.mean(challenger)
+        return difference, self.noise.run() * math.sqrt(1 / len(new) + 1 / len(old))
+
+    def enter(self, point: int, replicate: int, loss: float) -> None:
         """Adds a run of `point`, unless it diverged."""
         if not math.isfinite(loss):
             return
-        losses = [*self.losses.get(point, ()), loss]
+        losses = {**self.losses.get(point, {}), replicate: loss}
         # A repetition off the cliff is no sample of the noise, whichever came first.
-        edge = min(losses) + self.rules.cliff
-        self.losses[point] = [value for value in losses if value <= edge]
-        mean = self.mean(point)
-        self.squares[point] = sum((value - mean) ** 2 for value in self.losses[point])
+        edge = min(losses.values()) + self.rules.cliff
+        self.losses[point] = {key: value for key, value in losses.items() if value <= edge}
+        self.noise.replace(point, self.losses[point])
 
-    def missing(self, point: int, attempts: int) -> tuple[tuple[int, int], ...]:
-        """Enters `point`'s first `attempts` unbiased runs; the names of those not yet ended."""
+    def missing(self, point: int, replicates: int) -> tuple[tuple[int, int], ...]:
+        """Enters `point`'s runs before number `replicates`; the names of those not yet ended."""
         # A challenger's run 0 was chosen for its low loss, unless nothing else will be run.
         first = 0 if point == START or self.rules.confirm == 0 else 1
-        lacking = []
-        for attempt in range(self.attempts.get(point, 0), attempts):
-            name = (point, first + attempt)
-            if name not in self.ended:
-                lacking.append(name)
+        wanted = range(self.attempts.get(point, first), replicates)
+        lacking = tuple((point, run) for run in wanted if (point, run) not in self.ended)
         if not lacking:
-            for attempt in range(self.attempts.get(point, 0), attempts):
-                self.enter(point, self.ended[point, first + attempt])
-            self.attempts[point] = max(attempts, self.attempts.get(point, 0))
-        return tuple(lacking)
+            for run in wanted:
+                self.enter(point, run, self.ended[point, run])
+            self.attempts[point] = max(replicates, self.attempts.get(point, first))
+        return lacking
 
     def challenge(self, challenger: int, incumbent: int) -> bool | tuple[tuple[int, int], ...]:
         """Whether `challenger` takes over, or the runs needed to tell.
 
-        Runs are asked for one by one, since most challengers are no better: it stops as soon as the
-        fresh mean is not below the incumbent's, or is below it by `guard` standard errors. After
-        `confirm` runs in between, the incumbent stays. A fresh run off the cliff rejects at once.
+        Both run the same seeds, one after the other, since most challengers are no better: it stops
+        as soon as the fresh runs show no gain, or one of `guard` standard errors. After `confirm`
+        runs in between, the incumbent stays. A fresh run off the cliff rejects at once.
         """
         for step in range(1, max(1, self.rules.confirm) + 1):
-            lacking = self.missing(challenger, step)
+            replicates = step + 1 if self.rules.confirm else 1
+            lacking = self.missing(challenger, replicates)
             if self.rules.confirm:
-                # The mean of few runs is the weaker side of the comparison: keep them balanced.
-                lacking += self.missing(incumbent, step)
+                lacking += self.missing(incumbent, replicates)
             if lacking:
                 return lacking
-            won = self.losses.get(challenger, [])
-            gain = self.mean(incumbent) - self.mean(challenger)
-            if len(won) < step or not gain > 0:
+            if len(self.losses.get(challenger, {})) < step:
                 return False
-            runs = len(self.losses.get(incumbent, ()))
-            if runs == 0 or self.rules.guard == 0:
+            if incumbent not in self.losses:
                 return True
-            if gain > self.rules.guard * self.noise() * math.sqrt(1 / step + 1 / runs):
+            gain, error = self.gain(challenger, incumbent)
+            if not gain > 0:
+                return False
+            if self.rules.guard == 0 or gain > self.rules.guard * error:
                 return True
         return False
 
@@ -232,7 +248,7 @@ def fold(runs: Sequence[Run], rules: Rules) -> State:
         batch = children[first : first + rules.round_size]
         if wanted or any((run.point, 0) not in books.ended for run in batch):
             break
-        bar = books.mean(incumbent)
+        bar = books.bar(incumbent)
         ranked = sorted((books.ended[run.point, 0], run.point) for run in batch)
         challenger = ranked[0][1] if ranked[0][0] < bar else None
         verdict = challenger is not None and books.challenge(challenger, incumbent)
@@ -247,14 +263,14 @@ def fold(runs: Sequence[Run], rules: Rules) -> State:
         rounds.append(Round(scale, successes, len(voters), challenger, verdict, restarted))
         if verdict and challenger is not None:
             incumbent = challenger
-        centre = _centre(ranked, incumbent, books.mean(incumbent), rules)
+        centre = _centre(ranked, incumbent, books.bar(incumbent), rules)
         scale = 1.0 if restarted else _scale(scale, successes, len(voters), rules)
         stalled = 0 if restarted else stalled
     return State(
         incumbent=incumbent,
         loss=books.mean(incumbent),
         runs=len(books.losses.get(incumbent, ())),
-        noise=books.noise(),
+        noise=books.noise.run(),
         centre=centre,
         scale=scale,
         rounds=tuple(rounds),
