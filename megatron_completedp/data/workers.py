@@ -31,6 +31,9 @@ from megatron_completedp.data.sources import SourceFile
 from megatron_completedp.data.tokenizer import load_tokenizer
 from megatron_completedp.errors import CompletedPError
 
+#: For so long a worker may take to leave what it is at.
+_STOP_S = 10.0
+
 
 class Progress(NamedTuple):
     """What a worker did for its shard since it last said so."""
@@ -163,6 +166,8 @@ class _Worker:
     def stop(self) -> None:
         """End it; its lock and its temporary files go with it."""
         self._process.terminate()
+        self._process.join(_STOP_S)
+        self._process.kill()  # if it hangs: its next start removes the temporary files
         self._process.join()
         self.connection.close()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -70,7 +71,7 @@ def finish(process: subprocess.Popen[str], *, timeout_s: float = 300) -> tuple[i
     try:
         stdout, stderr = process.communicate(timeout=timeout_s)
     except subprocess.TimeoutExpired:
-        process.kill()
+        os.killpg(process.pid, signal.SIGKILL)  # workers hold its pipes, too
         process.communicate()
         raise
     return process.returncode, stdout, stderr
