@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 PROGRAMS = {
     "scontrol": """\
 if [ "$1 $2" = "show hostnames" ]; then printf 'n1\\nn2\\n'
-elif [ "$1" = show ]; then echo "JobId=77 ExcNodeList=n9 JobState=RUNNING"
+elif [ "$1" = show ]; then echo "JobId=77 ExcNodeList=$EXCLUDED JobState=RUNNING"
 else echo "scontrol $*" >>"$CALLS"; [ "$1" != requeue ] || exit "${REQUEUE_CODE:-0}"; fi""",
     "squeue": 'echo "${JOB_STATE:-RUNNING}"',
     "srun": 'echo "srun $*" >>"$CALLS"; eval "${SRUN:-}"; exit "${SRUN_CODE:-0}"',
@@ -89,15 +89,16 @@ def test_the_ranks_meet_on_the_first_node_and_each_has_a_log(tmp_path: Path, cal
     assert "is finished" in done.stderr
 
 
+@pytest.mark.parametrize(("excluded", "then"), [("(null)", "n2"), ("n[7-9]", "n[7-9],n2")])
 def test_a_failure_is_queued_again_without_the_node_that_failed_twice(
-    tmp_path: Path, calls: Path
+    tmp_path: Path, calls: Path, excluded: str, then: str
 ) -> None:
     for step in (1, 2):
         # A checkpoint that appears while the ranks run: each of the two starts makes progress.
         ahead = write_checkpoint(tmp_path / f"ahead{step}", step)
         saved = tmp_path / "run" / "checkpoints"
         saves = f"mkdir -p {saved}; mv {ahead} {saved}; {FAILED}"
-        done = train(tmp_path, SRUN=saves, SRUN_CODE="1")
+        done = train(tmp_path, SRUN=saves, SRUN_CODE="1", EXCLUDED=excluded)
         assert done.returncode == 1
         assert "rank 1 on n2 was ended by SIGKILL" in done.stderr
     asked = [line for line in calls.read_text().splitlines() if line.startswith("scontrol")]
@@ -105,7 +106,7 @@ def test_a_failure_is_queued_again_without_the_node_that_failed_twice(
         "scontrol requeue 77",
         "scontrol requeue 77",
         # What the user had excluded stays excluded.
-        "scontrol update JobId=77 ExcNodeList=n9,n2",
+        f"scontrol update JobId=77 ExcNodeList={then}",
     ]
 
 
