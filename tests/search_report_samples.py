@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import optuna
 
+from megatron_completedp.config.load import build
 from megatron_completedp.core.multipliers import Level
 from megatron_completedp.search.samplers import make_sampler
 from megatron_completedp.search.settings import SearchSettings
@@ -23,9 +24,12 @@ STEEP = Valley(low=-2, high=2, slope=-0.05, curvature=0.03, cliff_high=1.2)
 FLAT = Valley(low=-2, high=2, slope=0.0, curvature=0.002)
 
 
-def search(out: Path, *, level: Level = "types", sampler: str = "trust_region") -> Search:
-    """Its settings, over examples/search/base.yaml."""
-    return Search(SearchSettings(run=str(RUN), level=level, sampler=sampler), out)
+def search(
+    out: Path, *, level: Level = "types", sampler: str = "trust_region", **options: float
+) -> Search:
+    """Its settings, over examples/search/base.yaml; `options` are the sampler's."""
+    settings = {"run": str(RUN), "level": level, "sampler": sampler, "sampler_options": options}
+    return Search(build(SearchSettings, settings), out)
 
 
 def surrogate_of(names: tuple[str, ...]) -> Surrogate:
@@ -48,11 +52,10 @@ def finished_study(of: Search, trials: int, *, still: bool = False) -> optuna.St
         seed=0,
         space=space.distributions(),
         radius={item.name: item.radius for item in space.dimensions},
+        settings=settings.sampler_options,
     )
     study = optuna.create_study(sampler=sampler, study_name="sample")
-    proposals = {"sampler": settings.sampler, "options": {}, "seed": 0}
-    identity = {**json.loads(json.dumps(objective.identity)), "proposals": proposals}
-    study.set_user_attr("identity", identity)
+    study.set_user_attr("identity", json.loads(json.dumps(of.identity())))
     study.set_user_attr("code", ["0.1.0"])
     study.set_user_attr("folder", "secret")
     noise = np.random.default_rng(0)

@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from statistics import fmean
 
 import optuna
@@ -18,10 +19,10 @@ from optuna.trial import FrozenTrial, TrialState
 from scipy import stats
 
 from megatron_completedp.search.incumbent import incumbent
-from megatron_completedp.search.queue import FIRST_TRY
 from megatron_completedp.search.samplers import make_sampler
 from megatron_completedp.search.space import Space
-from megatron_completedp.search.trust_trials import DIVERGED, REPLICATE
+from megatron_completedp.search.trust_trials import DIVERGED, FIRST_TRY, REPLICATE
+from megatron_completedp.study.fit import pooled_deviation
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,12 @@ class History:
         return self.study.get_trials(deepcopy=False)
 
     @cached_property
+    def places(self) -> Mapping[int, int]:
+        """By a trial's number: how many were begun by then, repetitions of lost ones left out."""
+        firsts = (FIRST_TRY not in trial.system_attrs for trial in self.trials)
+        return dict(enumerate(accumulate(firsts)))
+
+    @cached_property
     def finished(self) -> Sequence[FrozenTrial]:
         """Those with a result, the diverged included."""
         return [trial for trial in self.trials if trial.state == TrialState.COMPLETE]
@@ -96,11 +103,14 @@ class History:
     @cached_property
     def _unbiased(self) -> Mapping[tuple[float, ...], Sequence[float]]:
         """The losses by point that no choice was made by."""
-        zero = self._key({})
         return {
-            key: [_value(t) for t in runs if key == zero or t.user_attrs.get(REPLICATE, 0)]
+            key: [_value(trial) for trial in runs if not self.chosen_for(trial)]
             for key, runs in self._by_point.items()
         }
+
+    def chosen_for(self, trial: FrozenTrial) -> bool:
+        """Whether `trial` is the run that its point was kept for, and so its loss too low."""
+        return not trial.user_attrs.get(REPLICATE, 0) and any(self._key(trial.params))
 
     @cached_property
     def noise(self) -> tuple[float, int]:
@@ -108,10 +118,7 @@ class History:
 
         NaN and 0 where no point has two unbiased runs.
         """
-        groups = [losses for losses in self._unbiased.values() if len(losses) > 1]
-        freedom = sum(len(losses) - 1 for losses in groups)
-        squares = sum((loss - fmean(losses)) ** 2 for losses in groups for loss in losses)
-        return (math.sqrt(squares / freedom), freedom) if freedom else (math.nan, 0)
+        return pooled_deviation(self._unbiased.values())
 
     def estimate(self, point: Mapping[str, float]) -> Estimate:
         """The loss at `point`, by all that the study knows of it."""
@@ -145,13 +152,11 @@ class History:
     def _best_after_each(self) -> Iterator[tuple[int, Mapping[str, float]]]:
         """(trials begun, best point), trial by trial in the order they were begun."""
         replayed = optuna.create_study(sampler=self._sampler())
-        begun = 0
         for trial in self.trials:
-            begun += FIRST_TRY not in trial.system_attrs
             replayed.add_trial(trial)
             best = incumbent(replayed) if trial.state == TrialState.COMPLETE else None
             if best is not None:
-                yield begun, best.params
+                yield self.places[trial.number], best.params
 
     def _sampler(self) -> optuna.samplers.BaseSampler:
         """Ours where it is the study's, since it says which point it holds; any other will do."""

@@ -18,6 +18,7 @@ import numpy as np
 
 from megatron_completedp.search.history import History
 from megatron_completedp.search.surrogate import Row, Surrogate, fit
+from megatron_completedp.search.trust_trials import DIVERGED
 
 #: Parts of the trials that are left out in turn.
 FOLDS = 5
@@ -47,7 +48,8 @@ def rows_of(history: History) -> list[Row]:
         Row(
             {name: trial.params.get(name, 0.0) for name in names},
             math.nan if trial.value is None else trial.value,
-            diverged=bool(trial.user_attrs.get("diverged")),
+            diverged=bool(trial.user_attrs.get(DIVERGED)),
+            chosen=history.chosen_for(trial),
         )
         for trial in history.finished
     ]

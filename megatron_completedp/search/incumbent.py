@@ -11,7 +11,9 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from megatron_completedp.search.trust_region import TrustRegionSampler
+from megatron_completedp.search.trust_state import START
 from megatron_completedp.search.trust_trials import DIVERGED, REPLICATE
+from megatron_completedp.study.fit import pooled_deviation
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,7 @@ class Incumbent:
     trials: tuple[int, ...]
     """Numbers of its trials that ended well."""
     replicates: tuple[int, ...]
-    """Which of the point's runs they are."""
+    """Which of the point's runs the loss is of."""
 
 
 def incumbent(study: optuna.Study) -> Incumbent | None:
@@ -48,32 +50,31 @@ def incumbent(study: optuna.Study) -> Incumbent | None:
         if not math.isfinite(state.loss) or not own:
             return None
         error = state.noise / math.sqrt(state.runs) if math.isfinite(state.noise) else math.nan
-        return _incumbent(own, state.loss, error)
+        # The run that a point was chosen for counts where there is no other, but for the start.
+        fresh = [trial for trial in own if trial.user_attrs.get(REPLICATE, 0)]
+        counted = own if state.incumbent == START else fresh or own
+        return _incumbent(own, counted, state.loss, error)
     best = min(groups.values(), key=_mean)
-    noise = _noise(list(groups.values()))
-    return _incumbent(best, _mean(best), noise / math.sqrt(len(best)))
+    noise, _ = pooled_deviation([[_value(trial) for trial in own] for own in groups.values()])
+    return _incumbent(best, best, _mean(best), noise / math.sqrt(len(best)))
 
 
-def _incumbent(own: Sequence[FrozenTrial], loss: float, error: float) -> Incumbent:
+def _incumbent(
+    own: Sequence[FrozenTrial], counted: Sequence[FrozenTrial], loss: float, error: float
+) -> Incumbent:
     return Incumbent(
         params=dict(own[0].params),
         loss=loss,
         standard_error=error,
         trials=tuple(trial.number for trial in own),
-        replicates=tuple(trial.user_attrs.get(REPLICATE, 0) for trial in own),
+        replicates=tuple(trial.user_attrs.get(REPLICATE, 0) for trial in counted),
     )
 
 
 def _mean(trials: Sequence[FrozenTrial]) -> float:
-    return statistics.fmean(float(trial.value or 0.0) for trial in trials)
+    return statistics.fmean(map(_value, trials))
 
 
-def _noise(groups: Sequence[Sequence[FrozenTrial]]) -> float:
-    """Pooled standard deviation of a trial within its point; NaN without a repeated point."""
-    freedom = sum(len(group) - 1 for group in groups)
-    if freedom == 0:
-        return math.nan
-    squares = sum(
-        (float(trial.value or 0.0) - _mean(group)) ** 2 for group in groups for trial in group
-    )
-    return math.sqrt(squares / freedom)
+def _value(trial: FrozenTrial) -> float:
+    assert trial.value is not None, "a completed trial"
+    return trial.value

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from optuna.trial import FrozenTrial, TrialState
+
+from megatron_completedp.search.queue import STOPPED
+from megatron_completedp.search.trust_trials import DIVERGED
 
 #: What became of a try, in the order in which they are listed.
 ENDS = ("finished", "diverged", "pruned", "stopped", "lost", "running", "waiting")
@@ -53,18 +55,6 @@ class Ledger:
         """How many tries ended so."""
         return sum(entry.end == end for entry in self.entries)
 
-    def as_json(self, *, target_flops: float | None = None) -> dict[str, Any]:
-        """Plain data for reports; `target_flops` are those of the run that the search is for."""
-        found: dict[str, Any] = {
-            "tries": {end: self.count(end) for end in ENDS if self.count(end)},
-            "flops": self.flops,
-            "device_seconds": self.device_seconds,
-        }
-        if target_flops is not None:
-            found["target_flops"] = target_flops
-            found["share_of_target"] = self.flops / target_flops
-        return found
-
 
 def _entry(trial: FrozenTrial, ranks: int) -> Entry:
     attributes = trial.user_attrs
@@ -80,9 +70,9 @@ def _entry(trial: FrozenTrial, ranks: int) -> Entry:
 def end_of(trial: FrozenTrial) -> str:
     """Which of ENDS a trial came to."""
     if trial.state == TrialState.COMPLETE:
-        return "diverged" if trial.user_attrs.get("diverged") else "finished"
+        return "diverged" if trial.user_attrs.get(DIVERGED) else "finished"
     if trial.state == TrialState.FAIL:
-        return "stopped" if trial.user_attrs.get("stopped") else "lost"
+        return "stopped" if trial.user_attrs.get(STOPPED) else "lost"
     return trial.state.name.lower()
 
 

@@ -13,12 +13,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from megatron_completedp.config.load import identity, to_yaml
+from megatron_completedp.config.load import identity, load_config, to_yaml
 from megatron_completedp.config.run import RunConfig, check_world
 from megatron_completedp.data.atomic import atomic_write
 from megatron_completedp.data.jsonl import read_whole_rows
 from megatron_completedp.errors import ConfigError
-from megatron_completedp.search.settings import SearchSettings
+from megatron_completedp.mcore.store import list_checkpoints, step_of
+from megatron_completedp.search.heldout import check_heldout, seeds_of
+from megatron_completedp.search.settings import TRIALS_FOLDER, SearchSettings
 from megatron_completedp.search.space import Space
 from megatron_completedp.study.points import as_point, outcome, train_point
 from megatron_completedp.train import folder as run_folder
@@ -71,18 +73,14 @@ class Objective:
                 f"{settings.run}: data.valid is empty; a search compares validation losses. Name "
                 "token files there that the reported metric does not use."
             )
-        if both := sorted(set(base.data.valid) & set(settings.heldout)):
-            raise ConfigError(
-                f"heldout has {', '.join(both)}, which data.valid of {settings.run} has too: the "
-                "search would choose by what it reports. Use another split for one of them."
-            )
+        check_heldout(base.data, settings.heldout)
         check_world(base, settings.ranks)
         return cls(
             base=base,
             space=Space.of(base, settings.level, settings.bounds),
             seeds=settings.seeds,
             ranks=settings.ranks,
-            folder=out / "trials",
+            folder=out / TRIALS_FOLDER,
         )
 
     @property
@@ -115,8 +113,7 @@ class Objective:
 
     def seeds_of(self, replicate: int) -> range:
         """The seeds of a point's run number `replicate`; no two of its runs share one."""
-        first = self.base.seed + replicate * self.seeds
-        return range(first, first + self.seeds)
+        return seeds_of(self.base.seed, self.seeds, replicate)
 
     def train(self, params: Mapping[str, float], *, name: str, replicate: int) -> Facts | Cost:
         """Train the trial to its end, from where an earlier try stopped; its cost if a signal came.
@@ -124,11 +121,10 @@ class Objective:
         Raises CompletedPError for runs that cannot be trained.
         """
         runs = list(self.configs(params, name=name, replicate=replicate))
-        start, before = time.perf_counter(), sum(_kept_steps(config) for _, config in runs)
+        start, before = time.perf_counter(), sum(kept_steps(config) for _, config in runs)
         losses: list[float | None] = []
         for file, config in runs:
-            with atomic_write(file) as stream:
-                stream.write(to_yaml(config).encode())
+            self._write(file, config)
             row = train_point(file, ranks=self.ranks)
             if row is None:
                 break
@@ -142,6 +138,19 @@ class Objective:
             return cost
         files = tuple(f"{self.folder.name}/{file.name}" for file, _ in runs[: len(losses)])
         return Facts(**vars(cost), losses=tuple(losses), diverged=diverged, configs=files)
+
+    def _write(self, file: Path, config: RunConfig) -> None:
+        """Write the run's YAML; a finished run of another one would be read as this trial's."""
+        if file.exists():
+            old = load_config(file)
+            samples = (old.evaluation.samples, config.evaluation.samples)
+            if identity(old) != identity(config) or samples[0] != samples[1]:
+                raise ConfigError(
+                    f"{file} is a trial of another search. Give this one another --out, or remove "
+                    f"{self.folder}."
+                )
+        with atomic_write(file) as stream:
+            stream.write(to_yaml(config).encode())
 
     def value(self, facts: Facts) -> float:
         """What the sampler minimizes: the mean over the seeds, or the ceiling."""
@@ -161,7 +170,10 @@ def last_step(config: RunConfig) -> int:
     return int(rows[-1]["step"]) if rows else 0
 
 
-def _kept_steps(config: RunConfig) -> int:
+def kept_steps(config: RunConfig) -> int:
     """The steps of earlier tries that the next one does not repeat."""
-    saved = (Path(config.run_dir) / run_folder.CHECKPOINTS).exists()
-    return last_step(config) if saved or outcome(config) is not None else 0
+    if outcome(config) is not None:
+        return last_step(config)
+    # The metrics may go on beyond the save: of a try that was killed after it had resumed there.
+    saved = list_checkpoints(Path(config.run_dir) / run_folder.CHECKPOINTS)
+    return step_of(saved[-1]) if saved else 0

@@ -20,6 +20,7 @@ from optuna.trial import FrozenTrial, TrialState
 from megatron_completedp.data.jsonl import read_whole_rows
 from megatron_completedp.search.trust_trials import DIVERGED
 from megatron_completedp.study.crew import POLL_S
+from megatron_completedp.study.points import tidy
 from megatron_completedp.train.folder import METRICS_FILE
 
 #: Parts of a run at which it is compared; later, little is left to save.
@@ -65,7 +66,7 @@ class Pruner:
     """
 
     def __init__(self, run_dir: Path, *, steps: int, trials: Sequence[FrozenTrial]) -> None:
-        self._metrics = run_dir / METRICS_FILE
+        self._run_dir = run_dir
         self._steps = steps
         self._trials = trials
         self._over = Event()
@@ -90,6 +91,10 @@ class Pruner:
         self._thread.join()
         self._look()
 
+    def tidy(self) -> None:
+        """Remove what the run saved when it was stopped: it is not gone on with."""
+        tidy(self._run_dir)
+
     def _follow(self) -> None:
         while not self._over.wait(POLL_S / 4):
             behind = self._look()
@@ -101,7 +106,7 @@ class Pruner:
 
     def _look(self) -> bool:
         """Take down the marks reached; whether the run is behind the pool at the last of them."""
-        rows = read_whole_rows(self._metrics)
+        rows = read_whole_rows(self._run_dir / METRICS_FILE)
         behind = False
         for mark in MARKS:
             step = max(1, round(mark * self._steps))

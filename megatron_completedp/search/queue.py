@@ -10,6 +10,7 @@ is taken again.
 from __future__ import annotations
 
 import logging
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
@@ -25,22 +26,24 @@ from optuna.trial import FrozenTrial, TrialState
 
 from megatron_completedp.data.claims import claim
 from megatron_completedp.search.bulk import write_attributes
-from megatron_completedp.search.objective import Cost, Facts, Objective, last_step
+from megatron_completedp.search.objective import Cost, Facts, Objective, kept_steps, last_step
 from megatron_completedp.search.proposal import propose
-from megatron_completedp.search.trust_trials import REPLICATE
+from megatron_completedp.search.trust_trials import FIRST_TRY, REPLICATE
 from megatron_completedp.train.folder import METRICS_FILE
 
 logger = logging.getLogger(__name__)
 
-#: Optuna's names, which its samplers and dashboard know, for a trial that repeats another.
-FIRST_TRY, EARLIER_TRIES = "failed_trial", "retry_history"
+#: System attribute of a trial that repeats others, Optuna's: the numbers of all of them.
+EARLIER_TRIES = "retry_history"
 
 #: User attribute: a signal ended this try, and its run was saved. It counts for no retry.
 STOPPED = "stopped"
 #: User attribute: name of the trial's run folders.
 FOLDER = "folder"
+#: User attribute: steps that the try found made, by run, and did not repeat.
+KEPT = "kept_steps"
 #: User attributes of a try that are not its repetition's.
-OF_ONE_TRY = {STOPPED, "worker", "seconds", "steps", "tokens", "flops"}
+OF_ONE_TRY = {STOPPED, KEPT, "worker", "seconds", "steps", "tokens", "flops"}
 
 
 @dataclass(frozen=True)
@@ -85,10 +88,13 @@ class Queue:
             self.study.sampler = self.sampler(begun(trials[:first]))
             space = self.objective.space.distributions()
             trial, params = propose(self.study, self.storage, space)
-            trial.set_user_attr("worker", self.worker)
+            taken = Taken(trial, params, _folder(trial), trial.user_attrs.get(REPLICATE, 0))
+            runs = self.objective.configs(params, name=taken.name, replicate=taken.replicate)
+            kept = [kept_steps(config) for _, config in runs]
+            write_attributes(self.storage, trial._trial_id, {"worker": self.worker, KEPT: kept})
             # Last: where anything above fails, the trial has no lock, and is repeated.
             held.enter_context(claim(self._lock(trial.number), wait=True))
-        return Taken(trial, params, _folder(trial), trial.user_attrs.get(REPLICATE, 0))
+        return taken
 
     def finished(self) -> bool:
         """Whether every trial has ended, so that no worker will be needed again."""
@@ -110,9 +116,14 @@ class Queue:
         """The run fell behind and was stopped; the trial has ended."""
         self._end(taken, asdict(cost), TrialState.PRUNED, curve=curve)
 
-    def give_back(self, taken: Taken, cost: Cost | None = None) -> None:
-        """A signal or an error ended the try; whoever asks next goes on with its run."""
-        self._end(taken, {STOPPED: True, **(asdict(cost) if cost else {})}, TrialState.FAIL)
+    def give_back(self, taken: Taken, cost: Cost) -> None:
+        """A signal ended the try; whoever asks next goes on with its run."""
+        self._end(taken, {STOPPED: True, **asdict(cost)}, TrialState.FAIL)
+
+    def fail(self, taken: Taken) -> None:
+        """An error ended the try, which counts like a worker's death: `retries` are its limit."""
+        trial = self.storage.get_trial(taken.trial._trial_id)
+        self._end(taken, asdict(self._cost_of_dead(trial)), TrialState.FAIL)
 
     def _end(
         self,
@@ -173,17 +184,19 @@ class Queue:
             )
 
     def _cost_of_dead(self, trial: FrozenTrial) -> Cost:
-        """Steps in the folder that no earlier try reported, and seconds up to its last metrics."""
+        """Of the runs that it came to: steps beyond those kept, and seconds to the last metrics."""
         replicate = trial.user_attrs.get(REPLICATE, 0)
-        runs = self.objective.configs(trial.params, name=_folder(trial), replicate=replicate)
-        configs = [config for _, config in runs]
-        earlier = [self.study.trials[number].user_attrs for number in _earlier(trial)]
-        kept = sum(attributes.get("steps", 0) for attributes in earlier if attributes.get(STOPPED))
-        steps = sum(last_step(config) for config in configs) - kept
-        files = [Path(config.run_dir) / METRICS_FILE for config in configs]
-        ended = max((file.stat().st_mtime for file in files if file.exists()), default=0.0)
-        begun_at = trial.datetime_start.timestamp() if trial.datetime_start else ended
-        return self.objective.cost(max(steps, 0), max(ended - begun_at, 0.0))
+        runs = list(self.objective.configs(trial.params, name=_folder(trial), replicate=replicate))
+        kept = trial.user_attrs.get(KEPT, [0] * len(runs))
+        begun_at = trial.datetime_start.timestamp() if trial.datetime_start else math.inf
+        steps, seconds = 0, 0.0
+        for (_, config), before in zip(runs, kept, strict=True):
+            file = Path(config.run_dir) / METRICS_FILE
+            since = file.stat().st_mtime - begun_at if file.exists() else -1.0
+            if since >= 0:  # else what is there is of earlier tries
+                steps += max(last_step(config) - before, 0)
+                seconds = max(seconds, since)
+        return self.objective.cost(steps, seconds)
 
     def _may_repeat(self, trial: FrozenTrial, trials: Sequence[FrozenTrial]) -> bool:
         """Whether fewer tries of it than `retries` + 1 died; stopped ones do not count."""

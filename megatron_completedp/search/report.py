@@ -5,7 +5,6 @@ Drawn from the study's database, of which OUT/trials.jsonl is written; or from t
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 
@@ -31,11 +30,11 @@ from megatron_completedp.search.report_figures import (
     short,
 )
 from megatron_completedp.search.settings import DATABASE_FILE
+from megatron_completedp.search.storage import check_identity
 from megatron_completedp.search.surrogate import Valley, fit
 from megatron_completedp.search.trials_file import FILE, read_export, write_export
 from megatron_completedp.search.worker import Search, read
 from megatron_completedp.study.report import FigureSpec, Finding, Report, Table
-from megatron_completedp.study.results import differences
 
 #: Standard errors by which the best point must be better than the start.
 LEAST_GAIN = 2.0
@@ -54,17 +53,10 @@ def load(search: Search) -> optuna.Study:
     if not search.settings.database.url and not here.exists() and file.exists():
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         study = read_export(file)
+        check_identity(study, search.identity())
     else:
         study = read(search)
         write_export(study, file)
-    # As it reads back: a tuple is a list.
-    now = json.loads(json.dumps(search.objective().identity))
-    kept = {name: study.user_attrs["identity"].get(name) for name in now}
-    if found := list(differences(kept, now)):
-        raise ConfigError(
-            f"the study in {search.out} is another search than these settings: {'; '.join(found)}. "
-            "Correct --out, or restore what differs."
-        )
     return study
 
 

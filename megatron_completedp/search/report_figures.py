@@ -14,6 +14,7 @@ from matplotlib.ticker import MaxNLocator
 from megatron_completedp.search.history import Estimate, History
 from megatron_completedp.search.importance import Importance
 from megatron_completedp.search.surrogate import Valley
+from megatron_completedp.search.trust_trials import DIVERGED
 from megatron_completedp.study.plot import COLORS, label_lines, ladder_colors
 
 if TYPE_CHECKING:
@@ -56,17 +57,16 @@ def short(name: str) -> str:
 def draw_progress(figure: Figure, history: History) -> None:
     """Every run as a dot, the best so far as steps with a band, the start as a line with a band."""
     axes = figure.subplots()
-    trials = {trial.number: trial for trial in history.finished}
-    start, last = history.start, len(history.trials)
+    start, last = history.start, max(history.places.values(), default=1)
     steps = [(held.since, history.estimate(held.point)) for held in history.held]
     low, high = _range([start.mean, *(each.mean for _, each in steps)])
-    well = {number: trials[number].value or 0.0 for number in trials if _fine(history, number)}
-    inside = {number + 1: loss for number, loss in well.items() if loss <= high}
-    axes.plot(list(inside), list(inside.values()), "o", color="#999999", markersize=2.5)
-    above = [number + 1 for number, loss in well.items() if loss > high]
+    well = [(history.places[trial.number], trial.value or 0.0) for trial in history.well]
+    inside = [(place, loss) for place, loss in well if loss <= high]
+    axes.plot(*zip(*inside, strict=True), "o", color="#999999", markersize=2.5)
+    above = [place for place, loss in well if loss > high]
     over = axes.get_xaxis_transform()
     axes.plot(above, [TOP] * len(above), "^", color="#999999", markersize=3, transform=over)
-    broken = [number + 1 for number in trials if number not in well]
+    broken = [history.places[t.number] for t in history.finished if t.user_attrs.get(DIVERGED)]
     axes.plot(broken, [TOP] * len(broken), "x", color=COLORS[1], markersize=4, transform=over)
     if not math.isnan(start.mean):
         ends = [1, last]
@@ -82,10 +82,6 @@ def draw_progress(figure: Figure, history: History) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set(xlabel="trials", ylabel="validation loss (nats/token)")
     label_lines(axes)
-
-
-def _fine(history: History, number: int) -> bool:
-    return any(trial.number == number for trial in history.well)
 
 
 def _range(means: Sequence[float]) -> tuple[float, float]:
@@ -189,7 +185,7 @@ def draw_cliffs(
     axes = figure.subplots()
     names = history.space.names
     good = [trial.params for trial in history.well]
-    bad = [trial.params for trial in history.finished if trial.user_attrs.get("diverged")]
+    bad = [trial.params for trial in history.finished if trial.user_attrs.get(DIVERGED)]
     octave = math.log(2)
     for row, name in enumerate(names):
         values = [params.get(name, 0.0) / octave for params in good] or [0.0]

@@ -49,8 +49,9 @@ def make_sampler(
 
     `start` and `radius` (see `TrustRegionSampler`) go to those that can use them: random, qmc, tpe
     and gp only know the bounds. `settings` are further arguments of the sampler's constructor and
-    win over ours. Raises ConfigError for an unknown name or setting, and for a sampler whose
-    package is not installed, with the command that installs it.
+    win over ours; whole numbers may be floats, as YAML and JSON give them. Raises ConfigError for
+    an unknown name or setting, and for a sampler whose package is not installed, with the command
+    that installs it.
     """
     if name not in get_args(SamplerName):
         raise ConfigError(
@@ -59,9 +60,12 @@ def make_sampler(
     for package, extra in _NEEDS.get(name, {}).items():
         _require(name, package, extra)
     make, arguments = _constructor(name, seed, space, dict(start or {}), radius)
+    for key, value in (settings or {}).items():
+        whole = isinstance(value, float) and value.is_integer()
+        arguments[key] = int(value) if whole else value
     try:
         with quiet():
-            return make(**{**arguments, **(settings or {})})
+            return make(**arguments)
     except TypeError as error:
         raise ConfigError(f"sampler {name}: {error}") from None
 

@@ -14,6 +14,8 @@ from megatron_completedp.errors import ConfigError
 
 #: The SQLite database in the output folder.
 DATABASE_FILE = "study.db"
+#: The trials' run folders in the output folder.
+TRIALS_FOLDER = "trials"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +41,12 @@ class DatabaseSettings:
             )
         if not 0 <= self.retry_s < math.inf:
             raise ConfigError(f"database.retry_s is {self.retry_s}; expected 0 seconds or more.")
+        if self.retry_s + self.heartbeat_s >= self.grace_s:
+            raise ConfigError(
+                f"database.grace_s is {self.grace_s}; expected more than retry_s + heartbeat_s = "
+                f"{self.retry_s + self.heartbeat_s:g}, or a worker that waits for the database "
+                "would lose its trial to another."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,9 +24,10 @@ from megatron_completedp import __version__
 from megatron_completedp.data.atomic import atomic_write
 from megatron_completedp.data.claims import claim
 from megatron_completedp.errors import CompletedPError, ConfigError
-from megatron_completedp.search.settings import DatabaseSettings
+from megatron_completedp.search.settings import TRIALS_FOLDER, DatabaseSettings
 from megatron_completedp.study.crew import Stop, StudyStopped
 from megatron_completedp.study.results import differences
+from megatron_completedp.study.settings import masked
 
 logger = logging.getLogger(__name__)
 
@@ -108,14 +109,14 @@ def connect(url: str, database: DatabaseSettings, out: Path) -> RDBStorage:
                 heartbeat_interval=database.heartbeat_s,
                 grace_period=database.grace_s,
             )
-    except (ArgumentError, NoSuchModuleError) as error:
+    except (ArgumentError, NoSuchModuleError, ValueError) as error:
         raise ConfigError(
-            f"database.url is {url!r}: {error}. Expected SQLAlchemy's form, such as "
+            f"database.url is {masked(url)}: {masked(str(error))}. Expected SQLAlchemy's form, as "
             "postgresql+psycopg://user:password@host:5432/name or sqlite:////folder/study.db."
-        ) from error
+        ) from None  # the cause may show the password
     except ImportError as error:
         raise ConfigError(
-            f"database.url is {make_url(url).render_as_string()}, but its driver is not installed "
+            f"database.url is {masked(url)}, but its driver is not installed "
             f"({error.__cause__ or error}): pip install 'psycopg[binary]' and use "
             "postgresql+psycopg://, or install the driver that the URL names."
         ) from error
@@ -135,25 +136,40 @@ def open_study(
         study = optuna.create_study(
             storage=storage, study_name=name, direction="minimize", load_if_exists=True
         )
-        # As it reads back: a tuple is a list.
-        now = json.loads(json.dumps(identity))
-        kept = study.user_attrs
-        if "identity" not in kept:
+        if "identity" not in study.user_attrs:
+            if (out / TRIALS_FOLDER).exists():
+                raise ConfigError(
+                    f"{out / TRIALS_FOLDER} has the runs of another search, or of one that is no "
+                    "longer in its database; this one would take them for its own. Give another "
+                    "--out, or remove that folder."
+                )
             study.set_user_attr("folder", _mark(out))
-            study.set_user_attr("identity", now)
-        elif found := list(differences(kept["identity"], now)):
-            raise ConfigError(
-                f"the study {name!r} in this database is another search: {'; '.join(found)}. Give "
-                "this one another name (or another --out), or restore what differs to go on."
-            )
-        elif kept["folder"] != _marked(out):
+            study.set_user_attr("identity", _as_read_back(identity))
+        check_identity(study, identity)
+        if study.user_attrs["folder"] != _marked(out):
             raise ConfigError(
                 f"the study {name!r} was started with another output folder than {out}. Its "
                 "workers share one folder, which all of them must see: runs, logs and locks are "
-                "in it. Give that folder, or this search another name."
+                "in it. Give that folder, or this search another name and a new folder."
             )
         _note_code(study)
     return study
+
+
+def check_identity(study: optuna.Study, identity: Mapping[str, Any]) -> None:
+    """Raise ConfigError, with the differences, for a study whose values mean something else."""
+    kept = study.user_attrs.get("identity", {})
+    if found := list(differences(kept, _as_read_back(identity))):
+        raise ConfigError(
+            f"the study {study.study_name!r} is another search than these settings: "
+            f"{'; '.join(found)}. Give this one another --out (and another name where they share a "
+            "database), or restore what differs."
+        )
+
+
+def _as_read_back(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """As a database gives it back: a tuple is a list."""
+    return dict(json.loads(json.dumps(identity)))
 
 
 def load_study(storage: RDBStorage, name: str) -> optuna.Study:

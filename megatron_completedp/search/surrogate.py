@@ -17,6 +17,7 @@ from optuna.distributions import FloatDistribution
 from scipy.optimize import lsq_linear
 
 from megatron_completedp.errors import ConfigError
+from megatron_completedp.study.fit import pooled_deviation
 
 #: Pull of the fit towards a flat landscape, in rows' worth of evidence for each coordinate: trials
 #: are fewer than coefficients, and what they do not show should not be in the surrogate.
@@ -31,6 +32,8 @@ class Row:
     """Natural logs of the multipliers."""
     loss: float
     diverged: bool = False
+    chosen: bool = False
+    """Its point was kept for this run, whose loss says too little: it is no sample of the noise."""
 
 
 @dataclass(frozen=True)
@@ -69,8 +72,6 @@ class Surrogate:
     """Loss of a diverged run."""
     valleys: Mapping[str, Valley]
     """By name of the multiplier."""
-    unexplained: int = 0
-    """Diverged rows of the fit that no cliff explains."""
 
     @property
     def space(self) -> dict[str, FloatDistribution]:
@@ -163,7 +164,7 @@ def fit(
     solution = lsq_linear(left, right, bounds=(least, np.inf)).x
     coefficients = solution[1:] / spread
     left_over = y - solution[0] - columns @ coefficients
-    low, high, unexplained = _cliffs(rows, names)
+    low, high = _cliffs(rows, names)
     valleys = {
         name: Valley(
             low=of.low,
@@ -175,31 +176,26 @@ def fit(
         )
         for i, (name, of) in enumerate(space.items())
     }
-    noise = _repeat_noise(x, y)
+    noise = _repeat_noise(good)
     return Surrogate(
         level=float(solution[0]),
-        noise=float(np.sqrt((left_over**2).mean())) if noise is None else noise,
+        noise=float(np.sqrt((left_over**2).mean())) if math.isnan(noise) else noise,
         ceiling=ceiling,
         valleys=valleys,
-        unexplained=unexplained,
     )
 
 
-def _repeat_noise(x: np.ndarray, y: np.ndarray) -> float | None:
-    """Pooled standard deviation within repeated points; None without one."""
-    _, group, counts = np.unique(x, axis=0, return_inverse=True, return_counts=True)
-    group = group.reshape(-1)
-    freedom = len(y) - len(counts)
-    if freedom == 0:
-        return None
-    means = np.bincount(group, weights=y) / counts
-    return float(np.sqrt(((y - means[group]) ** 2).sum() / freedom))
+def _repeat_noise(rows: Sequence[Row]) -> float:
+    """Pooled standard deviation within repeated points; NaN without one."""
+    losses: dict[tuple[float, ...], list[float]] = {}
+    for row in rows:
+        if not row.chosen:
+            losses.setdefault(tuple(row.point.values()), []).append(row.loss)
+    return pooled_deviation(losses.values())[0]
 
 
-def _cliffs(
-    rows: Sequence[Row], names: Sequence[str]
-) -> tuple[dict[str, float], dict[str, float], int]:
-    """Lower and upper cliffs by name, and how many diverged rows they do not explain.
+def _cliffs(rows: Sequence[Row], names: Sequence[str]) -> tuple[dict[str, float], dict[str, float]]:
+    """Lower and upper cliffs by name.
 
     A coordinate's side can explain a diverged run that went further there than every run that ended
     well. The side that explains most gets a cliff, half way between the two, until none is left to
@@ -220,4 +216,4 @@ def _cliffs(
         safe = side * float((side * good[:, column]).max())
         (high if side == 1 else low)[names[column]] = (nearest + safe) / 2
         bad = bad[~explained]
-    return low, high, len(bad)
+    return low, high

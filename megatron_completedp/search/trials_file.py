@@ -18,8 +18,8 @@ from optuna.trial import FrozenTrial, TrialState
 from megatron_completedp.data.atomic import atomic_write
 from megatron_completedp.errors import DataError
 from megatron_completedp.search.objective import Facts
-from megatron_completedp.search.queue import EARLIER_TRIES, FIRST_TRY, STOPPED
-from megatron_completedp.search.trust_trials import REPLICATE, TAG
+from megatron_completedp.search.queue import EARLIER_TRIES, STOPPED
+from megatron_completedp.search.trust_trials import FIRST_TRY, REPLICATE, TAG
 
 FILE = "trials.jsonl"
 

@@ -107,6 +107,10 @@ class TrustRegionSampler(optuna.samplers.BaseSampler):
         if unknown := sorted(set(rules) - known):
             message = f"trust region: no setting {', '.join(unknown)}"
             raise ConfigError(f"{message}; there are {', '.join(sorted(known))}")
+        for item in dataclasses.fields(Rules):
+            value = rules.get(item.name, item.default)
+            if item.type == "int" and not isinstance(value, int):
+                raise ConfigError(f"trust region: {item.name}={value!r} must be a whole number")
         if not 0 < subset <= 1:
             raise ConfigError(f"trust region: subset={subset!r} must be in (0, 1]")
         if not floor > 0:

@@ -22,7 +22,7 @@ DIVERGED = "diverged"
 
 #: System attribute by which Optuna marks the retry of a dead worker's trial: the number of the
 #: first trial of that chain.
-RETRY_OF = "failed_trial"
+FIRST_TRY = "failed_trial"
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Reader:
             number = trial.number
             known = self._known.get(number)
             remembered = known is not None and known[0] is trial
-            retry_of = None if remembered else trial.system_attrs.get(RETRY_OF)
+            retry_of = None if remembered else trial.system_attrs.get(FIRST_TRY)
             slot = slots if retry_of is None else slot_of[retry_of]
             slots += retry_of is None
             slot_of[number] = slot

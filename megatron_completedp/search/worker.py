@@ -27,13 +27,22 @@ from sqlalchemy.exc import SQLAlchemyError
 from megatron_completedp.config.load import build, load_config, to_tree
 from megatron_completedp.data.claims import claim
 from megatron_completedp.errors import CompletedPError, ConfigError
+from megatron_completedp.search.ledger import end_of
 from megatron_completedp.search.objective import Facts, Objective
 from megatron_completedp.search.pruning import Pruner
 from megatron_completedp.search.queue import Queue, Taken
 from megatron_completedp.search.samplers import make_sampler
 from megatron_completedp.search.settings import DATABASE_FILE, SearchSettings, database_url
 from megatron_completedp.search.space import Space
-from megatron_completedp.search.storage import connect, heartbeat, load_study, open_study, persist
+from megatron_completedp.search.storage import (
+    check_identity,
+    connect,
+    heartbeat,
+    load_study,
+    open_study,
+    persist,
+)
+from megatron_completedp.search.trust_state import Rules
 from megatron_completedp.study.crew import (
     POLL_S,
     Crew,
@@ -59,6 +68,17 @@ class Search:
         """The runs of its trials. Raises ConfigError for a base run that cannot be searched."""
         return Objective.of(self.settings, load_config(self.settings.run), self.out)
 
+    def identity(self) -> dict[str, Any]:
+        """What the study's values mean, and how its trials are proposed."""
+        settings = self.settings
+        proposals = {
+            "sampler": settings.sampler,
+            "options": dict(settings.sampler_options),
+            "seed": settings.seed,
+            "prune": settings.prune,
+        }
+        return {**self.objective().identity, "proposals": proposals}
+
     def join(self, worker: str, stop: Stop) -> Queue:
         """The trials of the study, which is made if it does not exist, for the worker of this name.
 
@@ -68,13 +88,7 @@ class Search:
         settings, objective = self.settings, self.objective()
         sampler = _sampler(settings, objective.space)
         sampler(0)  # what is wrong with it is said before anything is begun
-        proposals = {
-            "sampler": settings.sampler,
-            "options": dict(settings.sampler_options),
-            "seed": settings.seed,
-            "prune": settings.prune,
-        }
-        identity = {**objective.identity, "proposals": proposals}
+        identity = self.identity()
 
         self.out.mkdir(parents=True, exist_ok=True)
 
@@ -96,7 +110,10 @@ class Search:
 
 
 def read(search: Search) -> optuna.Study:
-    """The search's study with its sampler, to be read. Raises ConfigError when there is none."""
+    """The search's study with its sampler, to be read.
+
+    Raises ConfigError when there is none, and for one that is another search.
+    """
     settings, file = search.settings, search.out / DATABASE_FILE
     if not settings.database.url and not file.exists():
         raise ConfigError(f"there is no {file}; start the search with `run`, or correct --out.")
@@ -106,6 +123,7 @@ def read(search: Search) -> optuna.Study:
         lambda: load_study(connect(url, settings.database, search.out), settings.name),
         settings.database,
     )
+    check_identity(study, search.identity())
     study.sampler = _sampler(settings, search.objective().space)(0)
     return study
 
@@ -123,6 +141,14 @@ def run(search: Search) -> None:
     devices = visible_devices(queue.objective.base)
     workers = worker_count(settings.workers, ranks=settings.ranks, devices=devices)
     logger.info("%d trials, %d at a time; logs in %s", settings.trials, workers, search.out)
+    round_size = settings.sampler_options.get("round_size", Rules.round_size)
+    if settings.sampler == "trust_region" and workers > round_size:
+        logger.warning(
+            "%d workers, but round_size is %d: rounds overlap, and the region hardly moves; give "
+            "sampler_options.round_size of at least as many",
+            workers,
+            round_size,
+        )
     crew = Crew(
         # Plain data: the settings' read-only mappings cannot be pickled.
         work=partial(_crew_member, to_tree(settings), search.out),
@@ -183,7 +209,7 @@ def _train(queue: Queue, taken: Taken, search: Search, stop: Stop) -> None:
         with heartbeat(queue.storage, trial._trial_id), pruner or nullcontext():
             found = objective.train(taken.params, name=taken.name, replicate=taken.replicate)
     except CompletedPError:
-        persist(lambda: queue.give_back(taken), database, stop)
+        persist(lambda: queue.fail(taken), database, stop)
         raise
     curve = pruner.losses if pruner else {}
     if isinstance(found, Facts):
@@ -191,6 +217,7 @@ def _train(queue: Queue, taken: Taken, search: Search, stop: Stop) -> None:
         logger.info("trial %d: %.4f", trial.number, objective.value(found))
     elif pruner and pruner.stopped:
         persist(lambda: queue.prune(taken, found, curve), database, stop)
+        pruner.tidy()
         logger.info("trial %d was pruned", trial.number)
     else:
         stop.value = True  # the signal may have come to this process alone
@@ -210,14 +237,14 @@ def _sampler(
 ) -> Callable[[int], optuna.samplers.BaseSampler]:
     """The sampler for the trial of a slot.
 
-    Ours draws by slot itself, and a Sobol sequence is one for all trials. The others carry random
-    numbers from one proposal to the next; they are made anew for each trial, with a seed of its
-    own, so that a search goes on after a restart as without one, and no two workers draw the same.
+    Ours draws by slot itself, and a Sobol sequence (TuRBO's first trials are one, too) is one for
+    all trials. The others carry random numbers from one proposal to the next; they are made anew
+    for each trial, with a seed of its own, so that no two workers draw the same.
     """
     kept: dict[int, optuna.samplers.BaseSampler] = {}
 
     def of(slot: int) -> optuna.samplers.BaseSampler:
-        one = settings.sampler in ("trust_region", "qmc")
+        one = settings.sampler in ("trust_region", "qmc", "turbo")
         seed = settings.seed
         if not one:
             seed = int(np.random.SeedSequence([seed, slot]).generate_state(1)[0])
@@ -228,11 +255,7 @@ def _sampler(
                 seed=seed,
                 space=space.distributions(),
                 radius={item.name: item.radius for item in space.dimensions},
-                # All are floats in the settings; a number of children is an int.
-                settings={
-                    name: int(value) if value.is_integer() else value
-                    for name, value in settings.sampler_options.items()
-                },
+                settings=settings.sampler_options,
             )
         return kept[seed]
 
@@ -265,9 +288,6 @@ class _Progress:
 
 
 def _line(trial: FrozenTrial) -> tuple[int, str]:
-    attributes = trial.user_attrs
-    if trial.state == TrialState.COMPLETE:
-        how = "diverged" if attributes["diverged"] else f"{trial.value:.4f}"
-    else:
-        how = "stopped" if attributes.get("stopped") else "lost its worker"
-    return trial.number, f"{how}  ({attributes.get('seconds', 0):.0f} s)"
+    end = end_of(trial)
+    how = f"{trial.value:.4f}" if end == "finished" else end
+    return trial.number, f"{how}  ({trial.user_attrs.get('seconds', 0):.0f} s)"

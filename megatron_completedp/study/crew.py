@@ -142,6 +142,8 @@ def _be_worker(work: Work, logs: Path, number: int, stop: Stop, errors: Any) -> 
     try:
         with stopping(stop, passes_on=True):
             work(number=number, stop=stop)
+    except StudyStopped:
+        pass  # `stop` is set, and says it to whoever waits
     except CompletedPError as error:
         errors.put(str(error))
         sys.exit(1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +16,17 @@ QUANTILES = (0.025, 0.975)
 
 #: Losses of one seed by log2 of the swept number's multiple; not finite where the run diverged.
 SeedCurve = Mapping[float, float]
+
+
+def pooled_deviation(groups: Iterable[Sequence[float]]) -> tuple[float, int]:
+    """Standard deviation within groups, pooled over them, and its degrees of freedom.
+
+    NaN and 0 where no group has two values.
+    """
+    repeated = [np.asarray(group, float) for group in groups if len(group) > 1]
+    freedom = sum(len(group) - 1 for group in repeated)
+    squares = sum(float(((group - group.mean()) ** 2).sum()) for group in repeated)
+    return (math.sqrt(squares / freedom), freedom) if freedom else (math.nan, 0)
 
 
 @dataclass(frozen=True)

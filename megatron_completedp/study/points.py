@@ -104,10 +104,14 @@ def train_point(config_file: Path, *, ranks: int) -> dict[str, Any] | None:
         found = outcome(config)
     if found is None:
         return None
-    # Sample indices and the save of a stop are many times the size of all the rest.
-    shutil.rmtree(folder / "cache", ignore_errors=True)
-    shutil.rmtree(folder / run_folder.CHECKPOINTS, ignore_errors=True)
+    tidy(folder)
     return {**vars(found), "steps": config.steps, "seconds": round(time.perf_counter() - start, 1)}
+
+
+def tidy(folder: Path) -> None:
+    """Remove from a run's folder what only its continuation needs: most of its size."""
+    for name in ("cache", run_folder.CHECKPOINTS):
+        shutil.rmtree(folder / name, ignore_errors=True)
 
 
 def _train_here(config: RunConfig) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -72,5 +73,14 @@ def _below(folder: Path, value: object) -> object:
 
 
 def command_line(prog: str) -> str:
-    """The command `prog` as it was typed, to be repeated from a report."""
-    return f"{prog} {shlex.join(sys.argv[1:])}".rstrip()
+    """The command `prog` as it was typed but for passwords, to be repeated from a report."""
+    return masked(f"{prog} {shlex.join(sys.argv[1:])}".rstrip())
+
+
+def masked(text: str) -> str:
+    """`text` without what may be a password in a URL, however the URL is misspelt.
+
+    That is, in a word, what stands between the first colon and the last `@`, or after `password=`.
+    """
+    text = re.sub(r"(:/*)[^\s:][^\s]*@", r"\1***@", text)
+    return re.sub(r"(password=)[^\s&']*", r"\1***", text)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ from megatron_completedp.search.objective import Cost, Facts, Objective
 from megatron_completedp.search.queue import Queue
 from megatron_completedp.search.settings import DatabaseSettings, SearchSettings
 from megatron_completedp.search.storage import connect, open_study
+from megatron_completedp.train.folder import CHECKPOINTS, METRICS_FILE
 from tests.tiny import TINY_MODEL
 
 RUN: dict[str, Any] = {
@@ -41,10 +45,11 @@ def queue(
     trials: int = 3,
     retries: int = 2,
     database: DatabaseSettings | None = None,
+    **changes: Any,
 ) -> Queue:
-    """The queue as a worker sees it; every call is another worker."""
+    """The queue as a worker sees it; every call is another worker. `changes` as in `settings`."""
     out.mkdir(parents=True, exist_ok=True)
-    runs = objective(out)
+    runs = objective(out, **changes)
     storage = connect(f"sqlite:///{out / 'study.db'}", database or DatabaseSettings(), out)
     return Queue(
         study=open_study(storage, "study", out, identity=runs.identity),
@@ -56,6 +61,20 @@ def queue(
         retries=retries,
         worker=worker,
     )
+
+
+def write_run(folder: Path, steps: int, *, saved: int = 0, loss: float | None = None) -> None:
+    """A run's folder after `steps` steps, a checkpoint after `saved`; ended, given a `loss`."""
+    rows = [{"kind": "train", "step": step, "loss": 3.0} for step in range(1, steps + 1)]
+    if loss is not None:
+        rows.append({"kind": "eval", "step": steps, "loss": loss})
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / METRICS_FILE
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    # The kernel's clock of files lags by some milliseconds, of which a try here takes few.
+    os.utime(file, (time.time(), time.time()))
+    if saved:
+        (folder / CHECKPOINTS / f"step_{saved:08d}").mkdir(parents=True, exist_ok=True)
 
 
 #: What a try cost.

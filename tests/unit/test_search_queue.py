@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import time
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,8 +13,11 @@ pytest.importorskip("optuna")
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
-from search_samples import COST, facts, queue
+from search_samples import COST, facts, objective, queue, write_run
 
+from megatron_completedp.config.load import to_yaml
+from megatron_completedp.errors import ConfigError
+from megatron_completedp.search.objective import Facts
 from megatron_completedp.search.proposal import propose
 from megatron_completedp.search.queue import Queue, begun
 from megatron_completedp.search.samplers import make_sampler
@@ -94,7 +97,7 @@ def test_a_dead_workers_trial_is_repeated_at_once(tmp_path: Path) -> None:
 
 
 def test_a_dead_worker_whose_lock_is_left_is_found_by_its_heartbeats(tmp_path: Path) -> None:
-    database = DatabaseSettings(heartbeat_s=1, grace_s=2)
+    database = DatabaseSettings(heartbeat_s=1, grace_s=2, retry_s=0)
     lost, other = queue(tmp_path, database=database), queue(tmp_path, database=database)
     with ExitStack() as held, ExitStack() as mine:
         taken = lost.take(held)
@@ -173,26 +176,87 @@ def test_the_result_may_be_entered_twice(tmp_path: Path) -> None:
 
 
 def test_what_a_dead_try_cost_is_read_from_its_folder(tmp_path: Path) -> None:
-    one = queue(tmp_path)
-    with ExitStack() as held:
-        taken = one.take(held)
-        assert taken is not None
-        one.give_back(taken, COST)  # 4 steps, saved
-    with ExitStack() as held:
-        taken = one.take(held)
-        assert taken is not None
-        folder = tmp_path / "trials" / taken.name
-        folder.mkdir(parents=True)
-        rows = [{"kind": "train", "step": step, "loss": 3.0} for step in range(1, 8)]
-        text = "".join(json.dumps(row) + "\n" for row in rows)
-        (folder / "metrics.jsonl").write_text(text)
+    """Resumed twice at the same save: each try is charged with the steps that it made itself."""
+    one = queue(tmp_path, retries=9)
+    folder = tmp_path / "trials" / "0000"
+    for ended_at in (4, 7, 9, None):
+        with ExitStack() as held:
+            taken = one.take(held)
+            assert taken is not None
+            if ended_at is not None:  # else it was killed before its first step
+                write_run(folder, ended_at, saved=4)
+            if ended_at == 4:
+                one.give_back(taken, COST)
     with ExitStack() as held:
         take(one, held)
-    dead = trials(one)[1].user_attrs
-    assert dead["steps"] == 7 - COST.steps
-    assert dead["tokens"] == 3 * 8 * 64
-    assert dead["flops"] == 6 * one.objective.base.model.parameters * dead["tokens"]
-    assert 0 <= dead["seconds"] < 60
+    found = [trial.user_attrs for trial in trials(one)[:4]]
+    assert [attributes["steps"] for attributes in found] == [COST.steps, 7 - 4, 9 - 4, 0]
+    assert found[1]["tokens"] == 3 * 8 * 64
+    assert found[1]["flops"] == 6 * one.objective.base.model.parameters * found[1]["tokens"]
+    assert 0 <= found[1]["seconds"] < 60
+    assert found[3]["seconds"] == 0
+
+
+def test_a_seeds_run_that_ended_is_charged_once(tmp_path: Path) -> None:
+    one = queue(tmp_path, seeds=2)
+    for reached in (3, 5):
+        with ExitStack() as held:
+            take(one, held)
+            if reached == 3:
+                write_run(tmp_path / "trials" / "0000-seed0", 10, loss=3.0)
+            write_run(tmp_path / "trials" / "0000-seed1", reached)
+    with ExitStack() as held:
+        take(one, held)
+    assert [trial.user_attrs["steps"] for trial in trials(one)[:2]] == [10 + 3, 5]
+
+
+def test_a_finished_trial_is_charged_from_its_save_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped at 4, killed at 7: the try that ends it begins again at 4."""
+    folder = tmp_path / "trials" / "0000"
+    write_run(folder, 7, saved=4)
+
+    def train_point(config_file: Path, *, ranks: int) -> dict[str, object]:
+        write_run(folder, 10, loss=3.0)
+        return {"loss": 3.0, "diverged": False}
+
+    monkeypatch.setattr("megatron_completedp.search.objective.train_point", train_point)
+    found = objective(tmp_path).train({}, name="0000", replicate=0)
+    assert isinstance(found, Facts)
+    assert found.steps == 6
+
+
+def test_an_error_counts_like_a_workers_death(tmp_path: Path) -> None:
+    """A point whose run always fails must not be what the search tries for ever."""
+    one = queue(tmp_path, trials=1, retries=1)
+    for _ in range(2):
+        with ExitStack() as held:
+            taken = one.take(held)
+            assert taken is not None
+            write_run(tmp_path / "trials" / taken.name, 3)
+            one.fail(taken)
+    assert one.take(ExitStack()) is None
+    assert one.finished()
+    assert states(one) == ["FAIL", "FAIL"]
+    assert [trial.user_attrs["steps"] for trial in trials(one)] == [3, 3]
+    assert not any("stopped" in trial.user_attrs for trial in trials(one))
+
+
+def test_the_run_of_another_search_is_not_taken_for_the_trials(tmp_path: Path) -> None:
+    runs = objective(tmp_path)
+    ((file, config),) = runs.configs({}, name="0000", replicate=0)
+    file.parent.mkdir()
+    other = replace(config, hyperparams=replace(config.hyperparams, lr=0.5))
+    file.write_text(to_yaml(other))
+    write_run(Path(config.run_dir), 10, loss=2.345)
+    with pytest.raises(ConfigError, match="is a trial of another search"):
+        runs.train({}, name="0000", replicate=0)
+    # Negative control: its own run is read, and nothing is trained.
+    file.write_text(to_yaml(config))
+    found = runs.train({}, name="0000", replicate=0)
+    assert isinstance(found, Facts)
+    assert (found.losses, found.steps) == ((2.345,), 0)
 
 
 def test_replicates_never_share_a_seed(tmp_path: Path) -> None:

@@ -145,6 +145,15 @@ def test_a_search_that_found_something_passes(trust: tuple[Search, optuna.Study]
     assert cost.rows[-1][:3] == ("in all", str(TRIALS + 1), f"{TRIALS * 2.8e11:.3g}")
 
 
+def test_a_search_whose_sampler_has_options_is_reported(tmp_path: Path) -> None:
+    """In the settings and in JSON they are floats; the sampler counts with some of them."""
+    of = search(tmp_path, level="global", round_size=3, start_replicates=2)
+    finished_study(of, 12)
+    assert made(of).settings["sampler"] == (
+        "trust_region, seed 0, round_size 3.0, start_replicates 2.0"
+    )
+
+
 def test_a_search_that_found_nothing_fails(tmp_path: Path) -> None:
     """Negative control: on noise alone the best point is the start, or within its noise."""
     of = search(tmp_path, level="global")

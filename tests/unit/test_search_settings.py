@@ -12,12 +12,12 @@ import yaml
 
 pytest.importorskip("optuna")
 
+import optuna
 from search_samples import RUN, objective, settings
 
 from megatron_completedp.config.load import build, to_tree
 from megatron_completedp.errors import ConfigError
 from megatron_completedp.search.__main__ import COMMANDS, main
-from megatron_completedp.search.samplers import make_sampler
 from megatron_completedp.search.settings import SearchSettings, database_url
 
 
@@ -56,6 +56,7 @@ def test_the_study_is_in_the_output_folder_unless_a_url_is_given() -> None:
         ({"trails": 3}, "did you mean trials"),
         ({"database": {"heartbeat_s": 60, "grace_s": 90}}, r"at least twice heartbeat_s = 60"),
         ({"database": {"retry_s": -1}}, r"retry_s is -1"),
+        ({"database": {"retry_s": 540}}, r"grace_s is 600; expected more than .* = 600"),
         # Of the space, before anything is trained:
         ({"bounds": {"lr": [1, -1]}}, r"bounds\.lr is \[1\.0, -1\.0\]; .* the lower one first"),
         ({"bounds": {"lr": [1, 2]}}, "leaves out 0"),
@@ -63,8 +64,10 @@ def test_the_study_is_in_the_output_folder_unless_a_url_is_given() -> None:
         # Of the sampler:
         ({"sampler": "bayes"}, "sampler 'bayes' is unknown"),
         ({"sampler_options": {"rounds": 3}}, "no setting rounds"),
-        # Of the splits:
-        ({"heldout": ["valid"]}, "choose by what it reports"),
+        ({"sampler_options": {"round_size": 2.5}}, r"round_size=2\.5 must be a whole number"),
+        # Of the splits, however they are spelt:
+        ({"heldout": ["valid"]}, "heldout has valid, which data.train or data.valid"),
+        ({"heldout": ["other", "./train"]}, "heldout has ./train, which"),
     ],
 )
 def test_bad_settings_are_refused_before_anything_is_trained(
@@ -141,7 +144,29 @@ def test_every_random_proposal_has_a_seed_of_its_own() -> None:
     of = _sampler(settings(sampler="random"), runs.space)
     draws = []
     for slot in (0, 1, 0):
-        study = __import__("optuna").create_study(sampler=of(slot))
+        study = optuna.create_study(sampler=of(slot))
         draws.append(study.ask({**runs.space.distributions()}).params)
     assert draws[0] == draws[2] != draws[1]
-    assert make_sampler("trust_region", seed=0, space=runs.space.distributions())
+
+
+@pytest.mark.parametrize("name", ["trust_region", "qmc", "turbo"])
+def test_what_draws_all_trials_from_one_sequence_has_one_seed(name: str) -> None:
+    from megatron_completedp.search.worker import _sampler
+
+    if name == "turbo":
+        pytest.importorskip("botorch")
+    of = _sampler(settings(sampler=name), objective(Path("out")).space)
+    assert of(0) is of(1)
+
+
+@pytest.mark.parametrize(("workers", "warned"), [(8, False), (9, True)])
+def test_more_workers_than_a_round_are_warned_of(
+    workers: int,
+    warned: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr("megatron_completedp.study.crew.Crew.run", lambda self, watch: None)
+    assert run(tmp_path, "--workers", str(workers)) == 0
+    assert ("round_size is 8" in caplog.text) == warned

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -54,7 +55,6 @@ def test_a_fit_finds_the_valleys_and_the_cliffs_it_was_shown() -> None:
         # Between neighbouring draws, which are 4 / 200 apart on average.
         assert fitted.valleys[name].cliff_low == pytest.approx(valley.cliff_low, abs=0.1)
         assert fitted.valleys[name].cliff_high == pytest.approx(valley.cliff_high, abs=0.1)
-    assert fitted.unexplained == 0
     # Residuals still hold the ridge's bias: an upper bound, as stated.
     assert 0.008 < fitted.noise < 0.02
 
@@ -64,10 +64,19 @@ def test_repeated_points_give_the_noise_by_themselves() -> None:
     assert fit(rows(150, 2), TRUE.space, ceiling=10.0).noise == pytest.approx(0.01, rel=0.21)
 
 
-def test_a_divergence_that_no_cliff_explains_is_counted() -> None:
+def test_a_run_that_a_point_was_kept_for_is_no_sample_of_the_noise() -> None:
+    fresh = rows(20, 3)
+    low = [Row(row.point, row.loss - 0.1, row.diverged, chosen=True) for row in fresh[::3]]
+    noise = fit(fresh, TRUE.space, ceiling=10.0).noise
+    assert fit([*fresh, *low], TRUE.space, ceiling=10.0).noise == pytest.approx(noise)
+    # Negative control: as any other run, it would count.
+    plain = [replace(row, chosen=False) for row in low]
+    assert fit([*fresh, *plain], TRUE.space, ceiling=10.0).noise > 2 * noise
+
+
+def test_a_divergence_among_good_runs_makes_no_cliff() -> None:
     inside = [Row({"a": a}, 3.0) for a in (-1.0, 1.0)]
     fitted = fit([*inside, Row({"a": 0.0}, 10.0, True)], {"a": FloatDistribution(-2, 2)}, ceiling=9)
-    assert fitted.unexplained == 1
     assert fitted.valleys["a"].cliff_high == math.inf
 
 

@@ -1,0 +1,42 @@
+"""Text and seeds that no trial had: what is reported is measured on those alone."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import replace
+
+from megatron_completedp.config.run import RunConfig
+from megatron_completedp.config.sections import DataConfig
+from megatron_completedp.errors import ConfigError
+
+
+def check_heldout(data: DataConfig, heldout: Sequence[str]) -> None:
+    """Raise ConfigError for a prefix in `heldout` that runs on `data` train on or are chosen by."""
+    seen = {os.path.realpath(prefix) for prefix in (*data.train, *data.valid)}
+    if both := [prefix for prefix in heldout if os.path.realpath(prefix) in seen]:
+        raise ConfigError(
+            f"heldout has {', '.join(both)}, which data.train or data.valid of the run has too: "
+            "what trials are trained on or chosen by says too little. Use another split."
+        )
+
+
+def on_heldout(base: RunConfig, heldout: tuple[str, ...]) -> RunConfig:
+    """`base`, evaluated on the token files `heldout`. Raises ConfigError like `check_heldout`."""
+    check_heldout(base.data, heldout)
+    return replace(base, data=replace(base.data, valid=heldout, valid_weights=()))
+
+
+def seeds_of(first: int, seeds: int, replicate: int) -> range:
+    """The `seeds` seeds of a point's run number `replicate`, in a search from the seed `first`."""
+    start = first + replicate * seeds
+    return range(start, start + seeds)
+
+
+def check_seeds(fresh: Iterable[int], had: Collection[int]) -> None:
+    """Raise ConfigError for a seed in `fresh` that a trial had."""
+    if both := sorted(set(fresh) & set(had)):
+        raise ConfigError(
+            f"seeds has {', '.join(map(str, both))}, which trials of the studies had: their points "
+            f"were chosen by them. Use others, such as those from {max(had) + 1} on."
+        )
