@@ -42,6 +42,8 @@ setup(
         "turbo": ["botorch"],
         # tools/convert_checkpoint.py: protobuf reads SentencePiece models.
         "hf": ["transformers>=5", "safetensors", "tokenizers", "protobuf"],
+        # megatron_completedp.torch_engine on DeepSpeed; on torch and FSDP2 it needs torch alone.
+        "deepspeed": ["deepspeed>=0.19"],
         "tensorboard": ["tensorboard"],
         "test": ["pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "types-PyYAML"],
     },

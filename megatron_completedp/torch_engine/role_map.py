@@ -26,8 +26,8 @@ OPTIONAL: frozenset[Module] = frozenset({Module.Q_NORM, Module.K_NORM})
 #: What engines store as one tensor, in this order.
 _FUSED = ((Module.Q, Module.K, Module.V), (Module.GATE, Module.UP))
 
-#: Parts of a name that come from torch.compile, activation checkpointing or DDP, not from a model.
-_WRAPPERS = re.compile(r"^module\.|(?<![^.])(?:_orig_mod|_checkpoint_wrapped_module)\.")
+#: Parts of a name that come from torch.compile and activation checkpointing, not from the model.
+_WRAPPERS = re.compile(r"(?<![^.])(?:_orig_mod|_checkpoint_wrapped_module)\.")
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,9 @@ class RoleMap:
 
         Raises ConfigError when the map has no name for a module of `shape`.
         """
-        missing = [m for m in shape.modules if m not in self.names and m not in OPTIONAL]
+        # Tied embeddings have one parameter, but logits still come out of a module of their own.
+        needed = dict.fromkeys((*shape.modules, Module.UNEMBEDDING))
+        missing = [m for m in needed if m not in self.names and m not in OPTIONAL]
         if missing:
             raise ConfigError(
                 f"role map {self.model} has no name for {', '.join(missing)}, which the plan's "
@@ -97,8 +99,8 @@ def label_parameters(
 ) -> tuple[LabelledParameter, ...]:
     """Label every parameter of `model` exactly once, in the model's order.
 
-    `model` may be wrapped (DDP, torch.compile, activation checkpointing) or sharded (FSDP2, ZeRO-3,
-    which both leave parameters as they are named).
+    Layers may be wrapped (torch.compile, activation checkpointing) and parameters sharded (FSDP2,
+    ZeRO-3): names and whole sizes can be told there too.
 
     Raises:
         ClassificationError: a parameter has no module, two modules (tied embeddings in a plan

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
+from megatron_completedp.core.tables import Rules
 from megatron_completedp.errors import HyperparamError
+from megatron_completedp.plan.run_plan import Plan
 from megatron_completedp.torch_engine import (
     LLAMA,
     QWEN3,
@@ -119,9 +121,31 @@ def zero2_levelled() -> str:
     schedule = {"type": "WarmupLR", "params": {"warmup_max_lr": 1e-3, "warmup_num_steps": 2}}
     engine = _engine(plan, parametrized(plan), 2, scheduler=schedule)
     check_groups(engine.optimizer, plan)
-    for step in range(2):
-        engine.backward(loss_of(engine, *batch(plan, step, **_ranks())))
-        engine.step()
+    _steps(engine, plan, range(2))
+    return _complaint(engine, plan)
+
+
+def zero_checkpoints() -> dict[int, tuple[list[float], list[float], str]]:
+    """By stage: losses after a save, after its load, and the complaint of another plan's load."""
+    plan, other = make_plan(), make_plan(rules=Rules(depth_alpha=1.0))
+    results = {}
+    for stage in (1, 2, 3):
+        folder = os.path.join(os.environ["COMPLETEDP_TEST_FOLDER"], str(stage))
+        engine = _engine(plan, parametrized(plan), stage)
+        _steps(engine, plan, range(2))
+        engine.save_checkpoint(folder)
+        after_save = _steps(engine, plan, range(2, 5))
+        engine = _engine(plan, parametrized(plan), stage)
+        engine.load_checkpoint(folder)
+        check_groups(engine.optimizer, plan)
+        after_load = _steps(engine, plan, range(2, 5))
+        engine = _engine(other, parametrized(other), stage)
+        engine.load_checkpoint(folder)
+        results[stage] = (after_save, after_load, _complaint(engine, other))
+    return results
+
+
+def _complaint(engine: Any, plan: Plan) -> str:
     try:
         check_groups(engine.optimizer, plan)
     except HyperparamError as error:
@@ -137,7 +161,7 @@ def _deepspeed() -> Any:
     return deepspeed
 
 
-def _config(plan: Any, stage: int) -> dict[str, Any]:
+def _config(plan: Plan, stage: int) -> dict[str, Any]:
     return {
         "train_micro_batch_size_per_gpu": plan.config.training.global_batch_size
         // dist.get_world_size(),
@@ -149,7 +173,7 @@ def _config(plan: Any, stage: int) -> dict[str, Any]:
 
 
 def _engine(
-    plan: Any,
+    plan: Plan,
     model: nn.Module,
     stage: int,
     role_map: RoleMap = QWEN3,
@@ -175,11 +199,16 @@ def _zero(
 ) -> list[float]:
     plan = make_plan()
     engine = _engine(plan, parametrized(plan, role_map), stage, role_map, make_optimizer)
+    losses = _steps(engine, plan, range(STEPS))
+    check_groups(engine.optimizer, plan)
+    return losses
+
+
+def _steps(engine: Any, plan: Plan, steps: Iterable[int]) -> list[float]:
     losses = []
-    for step in range(STEPS):
+    for step in steps:
         loss = loss_of(engine, *batch(plan, step, **_ranks()))
         engine.backward(loss)
         engine.step()
         losses.append(_mean(loss.detach()).item())
-    check_groups(engine.optimizer, plan)
     return losses

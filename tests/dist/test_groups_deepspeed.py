@@ -17,10 +17,12 @@ CASES = {"zero1": QWEN3, "zero2": QWEN3, "zero3": QWEN3, "zero2_llama": LLAMA}
 
 
 @pytest.fixture(scope="module")
-def two() -> Results:
+def two(tmp_path_factory: pytest.TempPathFactory) -> Results:
     # The first use on a machine compiles a small communication library.
-    cases = [*CASES, "zero3_partitioned_at_birth", "zero2_levelled"]
-    return run_cases(MODULE, cases, processes=2, timeout_s=600)
+    cases = [*CASES, "zero3_partitioned_at_birth", "zero2_levelled", "zero_checkpoints"]
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("COMPLETEDP_TEST_FOLDER", str(tmp_path_factory.mktemp("zero")))
+        return run_cases(MODULE, cases, processes=2, timeout_s=1200)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -36,6 +38,14 @@ def test_a_schedule_of_deepspeeds_configuration_is_caught(two: Results) -> None:
     for message in two("zero2_levelled"):
         assert "of its peak learning rate" in message
         assert "lr_scheduler(optimizer, plan)" in message
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_checkpoints_keep_groups_and_another_plans_is_caught(stage: int, two: Results) -> None:
+    for of_rank in two("zero_checkpoints"):
+        after_save, after_load, complaint = of_rank[stage]
+        assert after_load == after_save
+        assert "checkpoint of another plan" in complaint
 
 
 @pytest.mark.slow

@@ -90,13 +90,19 @@ def test_layers_that_share_values_share_a_group() -> None:
     ]
 
 
-def test_wrapped_models_keep_their_labels(plan: Plan) -> None:
-    bare = labels(hf_model(plan.config.model), QWEN3, plan)
-    wrapped = hf_model(plan.config.model)
-    apply_activation_checkpointing(wrapped, check_fn=lambda m: isinstance(m, nn.Linear))
+def test_wrapped_models_keep_their_groups(plan: Plan) -> None:
+    def names(model: nn.Module) -> list[list[str]]:
+        return [group["param_names"] for group in param_groups(model, QWEN3, plan)]
+
+    bare = names(parametrized(plan))
+    wrapped = parametrized(plan)
+    layer_class = type(wrapped.model.layers[0])
+    apply_activation_checkpointing(wrapped, check_fn=lambda m: isinstance(m, layer_class))
     assert any("_checkpoint_wrapped_module" in name for name, _ in wrapped.named_parameters())
-    assert labels(wrapped, QWEN3, plan) == bare
-    assert labels(torch.compile(hf_model(plan.config.model)), QWEN3, plan) == bare
+    assert names(wrapped) == bare
+    compiled = torch.compile(parametrized(plan))
+    assert any("_orig_mod" in name for name, _ in compiled.named_parameters())
+    assert names(compiled) == bare
 
 
 def test_a_model_of_ones_own(plan: Plan) -> None:
