@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -52,6 +52,8 @@ class Provenance:
     """Mean loss of fresh runs at the base on text that no trial was compared on."""
     heldout_loss_standard_error: float | None = None
     """Of that mean, over these runs."""
+    heldout_seeds: tuple[int, ...] = ()
+    """Seeds of these runs; one that diverged is left out."""
     data: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     """SHA-256 of the data by path prefix."""
     tokenizer: str | None = None
@@ -177,12 +179,12 @@ def load_recipe(path: str | Path) -> tuple[Recipe, RecipeOrigin]:
 def save_recipe(path: str | Path, recipe: Recipe) -> None:
     """Write `recipe` with its hash to `path`: the whole file or nothing.
 
-    Writing the same recipe again does nothing. Raises ConfigError, and leaves the file as it is,
-    when `path` holds anything else.
+    Writing the same recipe again does nothing, at whatever time and by whatever code. Raises
+    ConfigError, and leaves the file as it is, when `path` holds anything else.
     """
     path = Path(path)
     if path.exists():
-        if load_recipe(path)[0].sha256 == recipe.sha256:
+        if _undated(load_recipe(path)[0]) == _undated(recipe):
             return
         raise ConfigError(
             f"{path} holds another recipe, which runs may refer to; it is not overwritten. Choose "
@@ -196,6 +198,12 @@ def save_recipe(path: str | Path, recipe: Recipe) -> None:
         raise ConfigError(
             f"the recipe cannot be written to {path}: {error}. Choose a path that you may write to."
         ) from error
+
+
+def _undated(recipe: Recipe) -> Recipe:
+    """`recipe` without when and by which code it was written."""
+    origin = replace(recipe.provenance, code_version=None, git_commit=None, created=None)
+    return replace(recipe, provenance=origin)
 
 
 def _write_whole(path: Path, text: str) -> None:

@@ -35,10 +35,11 @@ class _StrictLoader(yaml.SafeLoader):
                     f"line {line}: merge keys (<<) are not supported; a run is one plain file. "
                     "Write the values out."
                 )
+            if not isinstance(key_node, yaml.ScalarNode):
+                continue  # no key of a config; the base class refuses what cannot be one
             if key_node.value in seen:
                 raise ConfigError(f"line {line}: {key_node.value!r} is given twice; remove one.")
-            if isinstance(key_node, yaml.ScalarNode):
-                seen.add(key_node.value)
+            seen.add(key_node.value)
         return super().construct_mapping(node, deep=deep)
 
 

@@ -93,7 +93,8 @@ def _recipe(settings: SearchSettings, out: Path, flags: OutFlag) -> None:
     origin = found.provenance
     print(f"{flags.to}: loss {origin.loss:.4f} nats/token after {origin.trials} trials")
     if origin.heldout_loss is not None:
-        print(f"held out: {origin.heldout_loss:.4f}, mean of {flags.heldout_runs} fresh runs")
+        runs = len(origin.heldout_seeds)
+        print(f"held out: {origin.heldout_loss:.4f}, mean of {runs} fresh runs")
 
 
 def _report(settings: SearchSettings, out: Path, flags: OutFlag) -> None:

@@ -6,7 +6,6 @@ by itself, the others are given it. Repeated runs count like any other.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,8 +33,6 @@ class Step:
     that of the lowest observed loss for the others."""
     diverged: int
     """Runs that fell off a cliff so far."""
-    proposal_s: float
-    """CPU seconds of this proposal, with what Optuna does to store it in memory."""
 
 
 def compare(
@@ -78,9 +75,7 @@ def _steps(
     noise = np.random.default_rng([repeat, 1])
     lowest, loss, diverged = np.inf, np.inf, 0
     for count in range(1, runs + 1):
-        began = time.process_time()
         trial = study.ask({**surrogate.space})
-        proposal_s = time.process_time() - began
         observed = surrogate.observe(trial.params, noise)
         if surrogate.diverges(trial.params):
             diverged += 1
@@ -90,7 +85,7 @@ def _steps(
             loss = surrogate.loss(sampler.params(study, sampler.state(study).incumbent))
         elif observed < lowest:
             lowest, loss = observed, surrogate.loss(trial.params)
-        yield Step(label, repeat, count, loss, diverged, proposal_s)
+        yield Step(label, repeat, count, loss, diverged)
 
 
 @contextmanager

@@ -35,14 +35,19 @@ def run(settings: CompareSettings, out: Path, *, command: str) -> Report:
     """
     held = HeldPoints(settings, out / "runs") if settings.studies else None
     surrogate = held.surrogate() if held else synthetic()
-    gained = simulated(surrogate, settings)
+    # As in the real searches; a synthetic space has the samplers' default.
+    radius = {each.name: each.radius for each in held.space.dimensions} if held else 0.5
+    gained = simulated(surrogate, settings, radius=radius)
     curves = {"surrogate": {name: _curve(of) for name, of in gained.items()}}
     if held:
         trained = held.gains(held.train(out))
         curves["training"] = {name: _real_curve(of, settings) for name, of in trained.items()}
     return Report(
         title="Samplers at equal budget",
-        question=f"Does {settings.judged} gain at least as much as the best of the others?",
+        question=(
+            f"Does {settings.judged} gain at least as much as the best of the others, by the means "
+            "(point estimates; how sure they are, their intervals say)?"
+        ),
         command=command,
         findings=tuple(_finding(settings.judged, of, kind) for kind, of in curves.items()),
         figures=tuple(_figure(kind, of) for kind, of in curves.items()),
@@ -60,14 +65,20 @@ def run(settings: CompareSettings, out: Path, *, command: str) -> Report:
     )
 
 
-def simulated(surrogate: Surrogate, settings: CompareSettings) -> dict[str, list[dict[int, float]]]:
-    """Nats gained over the base without noise, by sampler: a curve over runs for each repeat."""
+def simulated(
+    surrogate: Surrogate, settings: CompareSettings, *, radius: float | Mapping[str, float]
+) -> dict[str, list[dict[int, float]]]:
+    """Nats gained over the base without noise, by sampler: a curve over runs for each repeat.
+
+    `radius` is the region's at the start, as `samplers.make_sampler` takes it.
+    """
     start = surrogate.loss(dict.fromkeys(surrogate.valleys, 0.0))
     found: dict[str, list[dict[int, float]]] = {
         name: [{} for _ in range(settings.repeats)] for name in settings.samplers
     }
     step: Step
-    for step in compare(surrogate, settings.samplers, runs=settings.runs, repeats=settings.repeats):
+    runs, repeats = settings.runs, settings.repeats
+    for step in compare(surrogate, settings.samplers, runs=runs, repeats=repeats, radius=radius):
         # Before a point is held, the base run would be used.
         gained = start - step.loss if math.isfinite(step.loss) else 0.0
         found[step.sampler][step.repeat][step.runs] = gained
@@ -98,15 +109,20 @@ def _mean(units: Sequence[float]) -> tuple[float, Interval]:
 
 
 def _finding(judged: str, curves: Mapping[str, Curve], kind: str) -> Finding:
-    last = {name: of[max(of)][0] for name, of in curves.items()}
-    best = max((name for name in last if name != judged), key=lambda name: last[name])
+    last = {name: of[max(of)] for name, of in curves.items()}
+    best = max((name for name in last if name != judged), key=lambda name: last[name][0])
+    ours, theirs = (f"{last[name][0]:.4f} {_bracket(last[name][1])}" for name in (judged, best))
     return Finding(
         what=f"gain of {judged} minus that of {best}, {kind}, after {max(curves[judged])} runs",
-        value=last[judged] - last[best],
+        value=last[judged][0] - last[best][0],
         low=0.0,
         high=math.inf,
-        note=f"nats/token; {last[judged]:.4f} against {last[best]:.4f}",
+        note=f"point estimate, nats/token; {ours} against {theirs}, 95 % intervals",
     )
+
+
+def _bracket(found: Interval) -> str:
+    return "-" if math.isnan(found.low) else f"[{found.low:+.4f}, {found.high:+.4f}]"
 
 
 def _figure(kind: str, curves: Mapping[str, Curve]) -> FigureSpec:
@@ -152,9 +168,7 @@ def _table(kind: str, curves: Mapping[str, Curve]) -> Table:
         cells: list[str] = []
         for runs in shown:
             mean, interval = of[runs]
-            known = not math.isnan(interval.low)
-            text = f"[{interval.low:+.4f}, {interval.high:+.4f}]" if known else "-"
-            cells += [f"{mean:+.4f}", text]
+            cells += [f"{mean:+.4f}", _bracket(interval)]
         rows.append((name, *cells))
     header = [part for runs in shown for part in (f"after {runs}", "95 % interval")]
     return Table(

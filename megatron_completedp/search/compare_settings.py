@@ -52,5 +52,16 @@ class CompareSettings:
                 "studies are given, but run, heldout, seeds or budgets is empty; their best points "
                 "are trained again to compare them on text that they were not chosen by."
             )
+        if empty := [name for name, paths in self.studies.items() if not paths]:
+            raise ConfigError(
+                f"studies.{empty[0]} is empty; name the trials.jsonl of its studies, or leave it "
+                "out."
+            )
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ConfigError(f"seeds is {list(self.seeds)}; expected different seeds.")
+        if self.workers < 0 or self.ranks < 1:
+            raise ConfigError(
+                f"workers is {self.workers} and ranks {self.ranks}; expected at least 0 and 1."
+            )
         if self.budgets and min(self.budgets) < 1:
             raise ConfigError(f"budgets is {list(self.budgets)}; expected trials, 1 or more.")

@@ -19,6 +19,7 @@ from megatron_completedp.config.recipe import Provenance, Recipe, save_recipe
 from megatron_completedp.config.run import RunConfig
 from megatron_completedp.data.manifest import load_manifest
 from megatron_completedp.errors import ConfigError
+from megatron_completedp.search.heldout import on_heldout
 from megatron_completedp.search.incumbent import Incumbent, incumbent
 from megatron_completedp.search.objective import Objective
 from megatron_completedp.search.settings import SearchSettings
@@ -47,6 +48,8 @@ def export(
     trial had one, and evaluated there; these runs are kept in OUT/heldout. Raises ConfigError while
     no trial has ended well, and for a `recipe` that holds another.
     """
+    if heldout_runs < 0:
+        raise ConfigError(f"heldout_runs is {heldout_runs}; expected runs, or 0 for none.")
     best = incumbent(study)
     if best is None:
         raise ConfigError(
@@ -54,7 +57,8 @@ def export(
             "Let the search go on; where every trial diverges, start from a base run that trains."
         )
     config = objective.space.apply(objective.base, best.params)
-    losses = heldout_losses(objective, settings, best, out=out, runs=heldout_runs)
+    found = heldout_losses(objective, settings, best, out=out, runs=heldout_runs)
+    losses = list(found.values())
     complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     seeds = [seed for replicate in best.replicates for seed in objective.seeds_of(replicate)]
     provenance = Provenance(
@@ -65,36 +69,38 @@ def export(
         loss_standard_error=_or_none(best.standard_error),
         heldout_loss=statistics.fmean(losses) if losses else None,
         heldout_loss_standard_error=_standard_error(losses),
+        heldout_seeds=tuple(found),
         data=MappingProxyType(_data_hashes(config)),
         tokenizer=load_manifest(Path(config.data.train[0])).tokenizer_sha256,
         code_version=__version__,
         git_commit=git_commit(),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )
-    found = Recipe.of(config, settings.level, provenance)
-    save_recipe(recipe, found)
-    return found
+    written = Recipe.of(config, settings.level, provenance)
+    save_recipe(recipe, written)
+    return written
 
 
 def heldout_losses(
     objective: Objective, settings: SearchSettings, best: Incumbent, *, out: Path, runs: int
-) -> list[float]:
-    """Loss of `runs` fresh runs of the point on settings.heldout; none where that is empty.
+) -> dict[int, float]:
+    """Loss of `runs` fresh runs of the point on settings.heldout by seed; none without heldout.
 
     A run that diverged is left out, and said.
     """
     if not settings.heldout:
-        return []
-    base = objective.base
-    data = replace(base.data, valid=settings.heldout, valid_weights=())
-    point = objective.space.apply(replace(base, data=data), best.params)
+        return {}
+    base = on_heldout(objective.base, settings.heldout)
+    point = objective.space.apply(base, best.params)
     points = []
     for index in range(runs):
-        seed = base.seed + FIRST_HELDOUT_REPLICATE * objective.seeds + index
+        seed = objective.seeds_of(FIRST_HELDOUT_REPLICATE)[0] + index
         name = f"trial{best.trials[0]:04d}_seed{seed}"
         folder = out / "heldout" / name
         points.append(Point(name, replace(point, seed=seed, run_dir=str(folder)), {"seed": seed}))
-    results = Results(out / "heldout" / "results.jsonl", identity(base, "data.valid"))
+    # A row's id has the trial and the seed.
+    meaning = {"samples": base.evaluation.samples, "run": identity(base)}
+    results = Results(out / "heldout" / "results.jsonl", meaning)
     train_points(
         points,
         results,
@@ -106,7 +112,7 @@ def heldout_losses(
     rows = [row for row in results.rows() if row["id"] in ours]
     if diverged := [row["id"] for row in rows if row["diverged"]]:
         logger.warning("held-out runs that diverged, and are left out: %s", ", ".join(diverged))
-    return [float(row["loss"]) for row in rows if not row["diverged"]]
+    return {row["seed"]: float(row["loss"]) for row in rows if not row["diverged"]}
 
 
 def _data_hashes(config: RunConfig) -> dict[str, str]:

@@ -13,15 +13,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import optuna
+
 from megatron_completedp.config.load import identity, load_config
 from megatron_completedp.errors import ConfigError
 from megatron_completedp.plan.run_plan import Plan
 from megatron_completedp.search.compare_settings import CompareSettings
+from megatron_completedp.search.heldout import check_seeds, on_heldout, seeds_of
 from megatron_completedp.search.history import History
 from megatron_completedp.search.importance import rows_of
+from megatron_completedp.search.queue import begun
 from megatron_completedp.search.space import Space
 from megatron_completedp.search.surrogate import Surrogate, fit
 from megatron_completedp.search.trials_file import read_export
+from megatron_completedp.search.trust_trials import REPLICATE
 from megatron_completedp.study.points import as_point, numbers_hash
 from megatron_completedp.study.results import Results, differences
 from megatron_completedp.study.tasks import Point, train_points
@@ -31,14 +36,14 @@ class HeldPoints:
     """The studies of several samplers on one space, and the runs of what they held."""
 
     def __init__(self, settings: CompareSettings, folder: Path) -> None:
-        """Raises ConfigError for studies of different spaces, or of another run than given."""
+        """Raises ConfigError for studies that cannot be compared.
+
+        They are of different spaces or another run, are shorter than a budget, or had the seeds.
+        """
         self.settings = settings
         self.folder = folder
         base = as_point(load_config(settings.run))
-        if both := sorted(set(base.data.valid) & set(settings.heldout)):
-            raise ConfigError(
-                f"heldout has {', '.join(both)}, by which the searches chose. Use another split."
-            )
+        self.base = on_heldout(base, settings.heldout)
         studies = {
             name: [read_export(Path(path)) for path in paths]
             for name, paths in settings.studies.items()
@@ -58,9 +63,10 @@ class HeldPoints:
         self.histories = {
             name: [History(study, self.space) for study in group] for name, group in studies.items()
         }
-        data = replace(base.data, valid=settings.heldout, valid_weights=())
         self.ceiling = math.log(base.model.vocab_size)
-        self.base = replace(base, data=data)
+        for one in (one for group in self.histories.values() for one in group):
+            _check_budget(one, max(settings.budgets))
+            check_seeds(settings.seeds, _seeds_of(one.study, base.seed))
 
     def surrogate(self) -> Surrogate:
         """Fitted to all trials of all studies."""
@@ -128,3 +134,19 @@ class HeldPoints:
         name = f"seed{seed}_{numbers_hash(Plan.of(config))}"
         config = replace(config, seed=seed, run_dir=str(self.folder / name))
         return Point(id=name, config=config, labels={"seed": seed})
+
+
+def _check_budget(history: History, budget: int) -> None:
+    ended = begun(history.trials) - sum(not trial.state.is_finished() for trial in history.trials)
+    if ended < budget:
+        raise ConfigError(
+            f"the study {history.study.study_name!r} has {ended} trials, fewer than the budget of "
+            f"{budget}: it would be compared at less. Let it go on, or lower budgets."
+        )
+
+
+def _seeds_of(study: optuna.Study, first: int) -> set[int]:
+    """Every seed that a trial had, in a study whose seeds begin with `first`."""
+    seeds = study.user_attrs["identity"]["seeds"]
+    replicates = {trial.user_attrs.get(REPLICATE, 0) for trial in study.get_trials(deepcopy=False)}
+    return {seed for each in replicates for seed in seeds_of(first, seeds, each)}

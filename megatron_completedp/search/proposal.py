@@ -10,6 +10,7 @@ from optuna.distributions import FloatDistribution
 from optuna.storages import RDBStorage
 
 from megatron_completedp.search.bulk import write_params
+from megatron_completedp.search.trust_region import FIXED
 
 
 def propose(
@@ -26,7 +27,7 @@ def propose(
         warnings.filterwarnings("ignore", message="Heartbeat of storage")
         trial = study.ask()
     now = storage.get_trial(trial._trial_id)
-    if "fixed_params" in now.system_attrs:  # enqueued by hand: Optuna's way, one by one
+    if FIXED in now.system_attrs:  # enqueued by hand: Optuna's way, one by one
         asked = {name: trial.suggest_float(name, of.low, of.high) for name, of in space.items()}
         return trial, asked
     params = {name: float(value) for name, value in now.params.items()}

@@ -62,7 +62,8 @@ def draw_progress(figure: Figure, history: History) -> None:
     low, high = _range([start.mean, *(each.mean for _, each in steps)])
     well = [(history.places[trial.number], trial.value or 0.0) for trial in history.well]
     inside = [(place, loss) for place, loss in well if loss <= high]
-    axes.plot(*zip(*inside, strict=True), "o", color="#999999", markersize=2.5)
+    places, losses = [place for place, _ in inside], [loss for _, loss in inside]
+    axes.plot(places, losses, "o", color="#999999", markersize=2.5)
     above = [place for place, loss in well if loss > high]
     over = axes.get_xaxis_transform()
     axes.plot(above, [TOP] * len(above), "^", color="#999999", markersize=3, transform=over)

@@ -66,7 +66,8 @@ def report(runs: TransferRuns, results: Results, *, command: str) -> Report:
         title=f"Transfer of {settings.judged}",
         question=(
             f"Does {settings.judged} reach the loss of {settings.baseline} with fewer tokens, at "
-            f"{' and '.join(settings.sizes)}?"
+            f"{' and '.join(settings.sizes)}: by the ratio asked for as a point estimate, and by "
+            "more than the scatter of the seeds?"
         ),
         command=command,
         findings=tuple(_findings(settings, curves, savings)),
@@ -100,20 +101,31 @@ def _findings(settings: TransferSettings, curves: Curves, savings: Savings) -> l
     for size, by_recipe in savings.items():
         for recipe, each in by_recipe.items():
             judged = recipe == settings.judged
-            note = f"95 % interval {_interval(each)}"
+            what = f"tokens of {settings.baseline} over those of {recipe}, {size}"
+            note = f"point estimate; 95 % interval {_interval(each)}"
             if math.isnan(each.needed):
                 note = outside(mean_curve(curves[size][recipe]), each.level)
                 if not judged:
                     continue  # NaN passes no bounds, and only the judged recipe may fail
             found.append(
                 Finding(
-                    what=f"tokens of {settings.baseline} over those of {recipe}, {size}",
+                    what=what,
                     value=each.ratio,
                     low=settings.sizes[size].least_ratio if judged else -math.inf,
                     high=math.inf,
                     note=note if judged else f"for comparison; {note}",
                 )
             )
+            if judged and len(settings.seeds) > 1 and not math.isnan(each.needed):
+                found.append(
+                    Finding(
+                        what=f"{what}: lower end of the 95 % interval",
+                        value=each.interval.low,
+                        low=math.nextafter(1.0, math.inf),
+                        high=math.inf,
+                        note="over the seeds, and to be above 1: the baseline saves nothing",
+                    )
+                )
     return found
 
 

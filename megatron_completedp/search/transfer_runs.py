@@ -15,6 +15,7 @@ from megatron_completedp.config.recipe import Recipe, load_recipe
 from megatron_completedp.config.run import RunConfig
 from megatron_completedp.errors import ConfigError
 from megatron_completedp.plan.run_plan import Plan
+from megatron_completedp.search.heldout import on_heldout
 from megatron_completedp.search.transfer_settings import SizeSettings, TransferSettings
 from megatron_completedp.study.fit import Interval, bootstrap, mean_curve
 from megatron_completedp.study.points import as_point, numbers_hash
@@ -36,13 +37,7 @@ class TransferRuns:
         """
         self.settings = settings
         self.folder = folder
-        if both := sorted(set(base.data.valid) & set(settings.heldout)):
-            raise ConfigError(
-                f"heldout has {', '.join(both)}, by which the searches of this base chose "
-                "(data.valid of the run). Use another split."
-            )
-        data = replace(base.data, valid=settings.heldout, valid_weights=())
-        self.base = as_point(replace(base, data=data))
+        self.base = as_point(on_heldout(base, settings.heldout))
         self._recipes = {
             name: _recipe(self.base, name, path) for name, path in settings.recipes.items()
         }
@@ -181,6 +176,8 @@ def log_tokens_at(curve: Curve, level: float) -> float:
     NaN where it starts below or never gets there: nothing is extrapolated.
     """
     points = sorted(curve.items())
+    if points[0][1] < level:
+        return math.nan
     for (x0, y0), (x1, y1) in pairwise(points):
         if y1 <= level <= y0 and math.isfinite(y0):
             return x0 if y0 == y1 else x0 + (y0 - level) / (y0 - y1) * (x1 - x0)

@@ -29,6 +29,10 @@ from megatron_completedp.search.trust_trials import REPLICATE, TAG, Reader, Tria
 _LOG = logging.getLogger(__name__)
 
 
+#: System attribute by which Optuna marks an enqueued trial: the parameters that it was given.
+FIXED = "fixed_params"
+
+
 @dataclass(frozen=True)
 class Axis:
     """One float parameter as the search moves it: its logarithm under `log=True`, else itself."""
@@ -74,7 +78,8 @@ class TrustRegionSampler(optuna.samplers.BaseSampler):
     NaN, and a trial that failed for good ranks last like a diverged one.
 
     A trial that was enqueued, added, or proposed by another sampler takes part like a child, except
-    that it says nothing about the size of the region.
+    that it says nothing about the size of the region. What an enqueued one leaves open is drawn as
+    for a child.
 
     Args:
         seed: of the proposals. Workers of one study share it: a proposal is drawn by (seed, slot).
@@ -159,7 +164,10 @@ class TrustRegionSampler(optuna.samplers.BaseSampler):
         # A retry that its predecessor already gave a point runs that point.
         tag = trial.system_attrs.get(TAG)
         if tag is None:
-            tag = self._tag(trials, axes)
+            given = bool(trial.system_attrs.get(FIXED))
+            # A given point is its own, drawn from no region: it says nothing about one.
+            own = {"point": trials.own, REPLICATE: 0}
+            tag = own if given else self._tag(trials, axes)
             study._storage.set_trial_system_attr(trial._trial_id, TAG, tag)
             study._storage.set_trial_user_attr(trial._trial_id, REPLICATE, tag[REPLICATE])
         # The objective's trial is read before its sampler runs, and must see these too.
@@ -167,6 +175,9 @@ class TrustRegionSampler(optuna.samplers.BaseSampler):
         trial.user_attrs[REPLICATE] = tag[REPLICATE]
         if tag["point"] != trials.own:
             return _params(axes, trials.by_slot, tag["point"])
+        if "centre" not in tag:  # what it was not given
+            state = fold(trials.runs, self._limits(axes))
+            tag = {**tag, "centre": state.centre, "scale": state.scale}
         return self._child(axes, trials, tag)
 
     def sample_independent(
@@ -178,7 +189,8 @@ class TrustRegionSampler(optuna.samplers.BaseSampler):
     ) -> Any:
         """A parameter that is not searched, or not yet known to be: drawn by (seed, point)."""
         point = study._storage.get_trial(trial._trial_id).system_attrs[TAG]["point"]
-        if isinstance(param_distribution, FloatDistribution) and point == START:
+        first = point == START or bool(trial.system_attrs.get(FIXED))
+        if isinstance(param_distribution, FloatDistribution) and first:
             axis = self.axes({param_name: param_distribution})[param_name]
             return axis.value(axis.start)
         if param_name not in self._warned:

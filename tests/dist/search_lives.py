@@ -62,13 +62,13 @@ def train_point(config_file: Path, *, ranks: int) -> dict[str, Any] | None:
             shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True, exist_ok=True)
         with StopSignals() as signals, (folder / METRICS_FILE).open("a") as metrics:
-            first = objective.last_step(config) + 1
+            first = objective.kept_steps(config) + 1
             for step in range(first, STEPS + 1):
                 time.sleep(STEP_S)
                 metrics.write(json.dumps({"kind": "train", "step": step, "loss": 3.0}) + "\n")
                 metrics.flush()
                 if signals.requested() and step < STEPS:
-                    (folder / CHECKPOINTS).mkdir(exist_ok=True)
+                    (folder / CHECKPOINTS / f"step_{step:08d}").mkdir(parents=True)
                     return None
             row = {"kind": "eval", "step": STEPS, "loss": loss(config)}
             metrics.write(json.dumps(row) + "\n")

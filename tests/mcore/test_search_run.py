@@ -43,7 +43,6 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "trials": TRIALS,
         "workers": 2,
         "heldout": [str(folder / "heldout")],
-        # The first children may go over a cliff: as wide as the bounds.
         "sampler_options": {"start_replicates": 2, "round_size": 2},
     }
     file.write_text(yaml.safe_dump(tree))
@@ -67,9 +66,9 @@ def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
     return process.returncode, output
 
 
-def trials_of(config: Path, out: Path) -> list[FrozenTrial]:
+def trials_of(config: Path, out: Path, run: str = "run.yaml") -> list[FrozenTrial]:
     tree = yaml.safe_load(config.read_text())
-    tree["run"] = str(config.with_name("run.yaml"))
+    tree["run"] = str(config.with_name(run))
     return read(Search(build(SearchSettings, tree), out)).get_trials(deepcopy=False)
 
 
@@ -151,7 +150,7 @@ def test_a_stopped_worker_gives_its_trial_back_and_another_goes_on_with_it(
     code, output = finish(command("worker", config, out, *flags))
     assert code == 0, output
     assert f"resumed from {out / 'trials' / '0000' / 'checkpoints'}" in output
-    first, second = trials_of(config, out)
+    first, second = trials_of(config, out, long.name)
     assert first.state == TrialState.FAIL
     assert first.user_attrs["stopped"] is True
     assert second.params == first.params

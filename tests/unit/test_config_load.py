@@ -162,6 +162,8 @@ def test_missing_section_names_its_required_fields() -> None:
         ("a: &a {seed: 1}\nb:\n  <<: *a\n", "line 3: merge keys"),
         ("- 1\n", "expected a mapping of sections"),
         ("a: [1\n", "is not valid YAML"),
+        ("run: {{ run }}\n", "is not valid YAML"),
+        ("? [a, b]\n: 1\n? [a, b]\n: 2\n", "is not valid YAML"),
         ("a: !!python/object:os.system {}\n", "is not valid YAML"),
     ],
 )

@@ -347,6 +347,10 @@ def test_a_recipe_is_not_overwritten(tmp_path: Path) -> None:
     path = saved(tmp_path)
     before = path.read_bytes()
     saved(tmp_path)  # the same again
+    again, _ = load_recipe(path)
+    origin = replace(again.provenance, created="2099-01-01T00:00:00+00:00", git_commit="0" * 40)
+    save_recipe(path, replace(again, provenance=origin))  # and at another time
+    assert path.read_bytes() == before
     with pytest.raises(ConfigError, match="holds another recipe, which runs may refer to"):
         save_recipe(path, Recipe.of(replace(proxy(), seed=1, multipliers=Multipliers()), "types"))
     assert path.read_bytes() == before

@@ -17,6 +17,7 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from megatron_completedp.search.pruning import LEAST_POOL, Pruner, loss_at, pool_at, upper_edge
+from megatron_completedp.search.worker import _line
 
 STEPS = 20
 
@@ -51,6 +52,16 @@ def test_the_loss_at_a_step_is_a_mean_over_a_tenth_of_the_run() -> None:
     assert loss_at(rows, 10, STEPS) == 9.5
     assert loss_at(rows, 15, STEPS) is None, "the run is not there yet"
     assert loss_at([{"kind": "eval", "step": 20, "loss": 1.0}], 10, STEPS) is None
+
+
+def test_a_pruned_trial_is_called_so_and_its_save_goes(tmp_path: Path) -> None:
+    pruned = trial(5.0, state=TrialState.PRUNED, value=None, user_attrs={"seconds": 3.0})
+    assert _line(pruned)[1] == "pruned  (3 s)"
+    save = tmp_path / "checkpoints" / "step_00000005"
+    save.mkdir(parents=True)
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
+    Pruner(tmp_path, steps=STEPS, trials=[]).tidy()
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
 @pytest.fixture

@@ -6,12 +6,15 @@ import math
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import numpy as np
 import optuna
 import pytest
+from optuna.trial import TrialState
 
 from megatron_completedp.errors import ConfigError, DataError
+from megatron_completedp.search import compare_report
 from megatron_completedp.search.compare_settings import CompareSettings
 from megatron_completedp.search.held_points import HeldPoints
 from megatron_completedp.search.history import Estimate, History
@@ -19,6 +22,7 @@ from megatron_completedp.search.importance import importance
 from megatron_completedp.search.incumbent import incumbent
 from megatron_completedp.search.report import report
 from megatron_completedp.search.report_figures import Cell, cell, profiles
+from megatron_completedp.search.surrogate import synthetic
 from megatron_completedp.search.trials_file import FILE, read_export
 from megatron_completedp.search.worker import Search
 from megatron_completedp.study.page import write_report
@@ -219,7 +223,7 @@ def test_studies_of_different_spaces_are_not_compared(
     )
     with pytest.raises(ConfigError, match=r"space\.level was types, is now global"):
         HeldPoints(settings, tmp_path)
-    with pytest.raises(ConfigError, match="by which the searches chose"):
+    with pytest.raises(ConfigError, match="heldout has runs/search/data/valid"):
         HeldPoints(replace(settings, heldout=("runs/search/data/valid",)), tmp_path)
 
 
@@ -247,6 +251,51 @@ def test_a_study_is_compared_by_what_it_held_at_each_budget(
     gains = held.gains(rows)["trust_region"]
     # After one trial the start is not yet known: the base run would be used.
     np.testing.assert_allclose(gains, [[[0, 0], [0.1, 0.1]]], atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"budgets": (10, TRIALS + 1)}, "'sample' has 70 trials, fewer than the budget of 71"),
+        # The base run's seed, which is the first run's of every point.
+        ({"seeds": (1, 1234)}, "seeds has 1234, which trials"),
+    ],
+)
+def test_a_study_that_is_short_or_had_the_seeds_is_not_compared(
+    trust: tuple[Search, optuna.Study], tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    paths = (str(trust[0].out / FILE),)
+    studies = {"trust_region": paths, "random": paths}
+    fine = CompareSettings(run=str(RUN), studies=studies, heldout=("heldout",), budgets=(10,))
+    HeldPoints(fine, tmp_path)
+    with pytest.raises(ConfigError, match=message):
+        HeldPoints(replace(fine, **changes), tmp_path)
+
+
+def test_the_surrogate_of_a_space_is_searched_in_its_radii(
+    trust: tuple[Search, optuna.Study], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = (str(trust[0].out / FILE),)
+    studies = {"trust_region": paths, "random": paths}
+    settings = CompareSettings(run=str(RUN), studies=studies, heldout=("heldout",), budgets=(10,))
+    given: dict[str, Any] = {}
+    monkeypatch.setattr(HeldPoints, "surrogate", lambda self: synthetic(2))
+    monkeypatch.setattr(
+        compare_report, "simulated", lambda *_, radius: given.update(radius) or {}["stop"]
+    )
+    with pytest.raises(KeyError, match="stop"):
+        compare_report.run(settings, tmp_path, command="")
+    assert given == {each.name: each.radius for each in trust[0].objective().space.dimensions}
+    assert len(set(given.values())) > 1
+
+
+def test_a_repeated_trial_takes_no_place_of_its_own(tmp_path: Path) -> None:
+    of = search(tmp_path, level="global")
+    found = history(of, finished_study(of, 4))
+    lost = optuna.trial.create_trial(state=TrialState.FAIL)
+    again = optuna.trial.create_trial(value=3.0, system_attrs={"failed_trial": 5})
+    found.study.add_trials([lost, again])
+    assert history(of, found.study).places == {0: 1, 1: 2, 2: 3, 3: 4, 4: 5, 5: 6, 6: 6}
 
 
 @pytest.mark.parametrize(

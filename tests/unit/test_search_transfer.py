@@ -20,9 +20,11 @@ from megatron_completedp.search.compare_report import run as compare
 from megatron_completedp.search.compare_settings import CompareSettings
 from megatron_completedp.search.settings import SearchSettings
 from megatron_completedp.search.space import Space
+from megatron_completedp.search.transfer import report
 from megatron_completedp.search.transfer_runs import TransferRuns, log_tokens_at, outside, saving
 from megatron_completedp.search.transfer_settings import SizeSettings, TransferSettings
 from megatron_completedp.search.worker import Search
+from megatron_completedp.study.results import Results
 from megatron_completedp.study.settings import OutFlag, load_study
 
 EXAMPLES = Path(__file__).parents[2] / "examples/search"
@@ -73,6 +75,8 @@ def test_tokens_at_a_loss_are_interpolated_and_never_extrapolated(
 def test_the_first_crossing_counts_where_a_curve_is_not_monotone() -> None:
     assert log_tokens_at({0.0: 4, 1.0: 2, 2.0: 5, 3.0: 1}, 3) == 0.5
     assert log_tokens_at({0.0: math.inf, 1.0: 4, 2.0: 2}, 3) == 1.5
+    # It starts below, so that the crossing is to the left of what was trained.
+    assert math.isnan(log_tokens_at({0.0: 2, 1.0: 5, 2.0: 1}, 3))
 
 
 @pytest.mark.parametrize("octaves", [0.0, 0.5, -0.75])
@@ -100,6 +104,33 @@ def test_what_was_not_trained_has_no_ratio_but_a_reason() -> None:
     assert "add shorter ones" in outside(curve(5), better.level)
     assert "add longer ones" in outside(curve(-5), better.level)
     assert outside({16.0: math.inf, 17.0: 3.0}, 5.0) == "a run diverged"
+
+
+@pytest.mark.parametrize(("saved", "passed"), [(0.0, False), (0.05, False), (0.5, True)])
+def test_the_verdict_is_about_the_ratio_and_its_interval(
+    settings: TransferSettings, tmp_path: Path, saved: float, passed: bool
+) -> None:
+    """A recipe that saves nothing, or no more than the seeds scatter, does not pass."""
+    size = SizeSettings(durations=(0.5, 1, 2), reference=1)
+    settings = replace(settings, sizes={"proxy": size})
+    runs = TransferRuns(settings, base(), tmp_path)
+    results = Results(tmp_path / "results.jsonl", runs.identity)
+    for duration in size.durations:
+        for seed in settings.seeds:
+            # By 0.1 octaves up and down do the seeds differ in what they say of a recipe that is
+            # not the baseline itself.
+            shifts = {"global": 0.0, "recipe": saved + 0.1 * (-1) ** seed * (saved > 0)}
+            for name, shift in shifts.items():
+                loss = 6 - 0.2 * (math.log2(duration) + shift)
+                row = {"id": runs.point(name, "proxy", duration, seed).id, "loss": loss}
+                results.append({**row, "diverged": False})
+    found = report(runs, results, command="search transfer")
+    assert found.passed is passed
+    ratio, lowest = found.findings
+    assert ratio.value == pytest.approx(2**saved)
+    assert ratio.passed, "the point estimate alone is at least the ratio asked for"
+    assert lowest.value <= ratio.value
+    assert "point estimate; 95 % interval [" in ratio.note
 
 
 def test_recipes_are_carried_alike(settings: TransferSettings, tmp_path: Path) -> None:
@@ -242,6 +273,17 @@ def test_samplers_are_compared_on_a_surrogate(tmp_path: Path) -> None:
         ({"samplers": ("random", "tpe")}, "expected trust_region"),
         ({"repeats": 2}, "repeats is 2"),
         ({"budgets": (0, 10)}, "expected trials, 1 or more"),
+        ({"workers": -1}, "workers is -1 and ranks 1"),
+        ({"ranks": 0}, "workers is 0 and ranks 0"),
+        ({"seeds": (1, 1)}, "expected different seeds"),
+        (
+            {
+                "studies": MappingProxyType({"trust_region": ("a",), "tpe": ()}),
+                "run": "run.yaml",
+                "heldout": ("heldout",),
+            },
+            r"studies\.tpe is empty",
+        ),
         (
             {"studies": MappingProxyType({"trust_region": ("a",), "tpe": ("b",)})},
             "run, heldout, seeds or budgets is empty",

@@ -292,6 +292,24 @@ def test_enqueued_and_foreign_trials_can_become_the_incumbent() -> None:
     assert sampler.state(study).incumbent == incumbent
 
 
+def test_an_enqueued_point_is_its_own_and_the_rest_of_it_a_childs() -> None:
+    """Its loss must not be entered as one of the start, which challengers are held to."""
+    sampler = TrustRegionSampler(space=SPACE, seed=2, start_replicates=2)
+    study = optuna.create_study(sampler=sampler)
+    study.enqueue_trial({"lr": 3e-2})
+    step(study)
+    given = study.trials[0]
+    assert given.system_attrs[TAG] == {"point": 0, REPLICATE: 0}
+    assert given.params["lr"] == 3e-2
+    start = sampler.params(study, START)
+    assert sum(given.params[name] != start[name] for name in ("a", "b", "step")) <= 1
+    for _ in range(2):
+        step(study)
+    state = sampler.state(study)
+    assert (state.incumbent, state.runs) == (START, 2)
+    assert all(trial.params == start for trial in study.trials[1:])
+
+
 def test_bad_arguments_are_refused() -> None:
     for arguments, words in [
         ({"round": 3}, "no setting round; there are .*round_size"),

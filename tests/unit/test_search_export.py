@@ -1,0 +1,116 @@
+"""What a recipe says of the runs behind its losses, and that settings belong to their study."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("optuna")
+
+import optuna
+
+from megatron_completedp.errors import ConfigError
+from megatron_completedp.search import export
+from megatron_completedp.search.heldout import check_heldout, check_seeds
+from megatron_completedp.search.incumbent import Incumbent, incumbent
+from megatron_completedp.search.samplers import make_sampler
+from megatron_completedp.search.worker import Search, read
+from megatron_completedp.study.results import Results
+from megatron_completedp.study.settings import masked
+from megatron_completedp.study.tasks import Point
+from tests.search_report_samples import search
+
+BEST = Incumbent({}, 3.0, 0.01, trials=(4,), replicates=(1,))
+
+
+def test_the_run_that_a_point_was_chosen_for_is_not_among_its_seeds() -> None:
+    space = {"a": optuna.distributions.FloatDistribution(-2.0, 2.0)}
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    study = optuna.create_study(sampler=make_sampler("trust_region", seed=0, space=space))
+    for _ in range(3):
+        study.tell(study.ask(space), 4.0)
+    best = incumbent(study)
+    assert best is not None
+    assert best.replicates == (0, 1, 2), "nobody chose the start for a run of it"
+    for number in range(40):
+        trial = study.ask(space)
+        study.tell(trial, 3.0 + (trial.params["a"] - 1) ** 2 + 1e-6 * number)
+    best = incumbent(study)
+    assert best is not None
+    assert best.params["a"] != 0
+    assert len(best.trials) > len(best.replicates) > 0
+    assert 0 not in best.replicates
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[Point]:
+    """The points that `train_points` was given; the second seed of each call diverges."""
+    given: list[Point] = []
+
+    def train(points: Sequence[Point], results: Results, **_: Any) -> None:
+        given.extend(points)
+        for index, point in enumerate(points):
+            row = {"loss": None if index == 1 else 3.0, "diverged": index == 1}
+            results.append({"id": point.id, **point.labels, **row})
+
+    monkeypatch.setattr(export, "train_points", train)
+    return given
+
+
+def test_heldout_losses_are_of_the_files_that_were_named(
+    tmp_path: Path, trained: list[Point]
+) -> None:
+    of = search(tmp_path)
+    settings = replace(of.settings, heldout=("other",))
+    losses = export.heldout_losses(of.objective(), settings, BEST, out=tmp_path, runs=3)
+    assert [point.config.data.valid for point in trained] == [("other",)] * 3
+    # The one that diverged is left out, and no trial comes near these seeds.
+    assert list(losses) == [trained[0].config.seed, trained[2].config.seed]
+    assert min(losses) >= of.objective().base.seed + 10_000
+    another = replace(settings, heldout=("another",))
+    with pytest.raises(ConfigError, match=r"holds results of another config: .*valid"):
+        export.heldout_losses(of.objective(), another, BEST, out=tmp_path, runs=3)
+    base = of.objective()
+    fewer = replace(base.base, evaluation=replace(base.base.evaluation, samples=8))
+    with pytest.raises(ConfigError, match=r"samples was 512, is now 8"):
+        export.heldout_losses(replace(base, base=fewer), settings, BEST, out=tmp_path, runs=3)
+
+
+def test_the_study_is_not_read_with_other_settings(tmp_path: Path) -> None:
+    """A recipe would multiply another base by the point that this one's trials found."""
+    of = search(tmp_path, level="global")
+    of.join("worker", type("Stop", (), {"value": False})())
+    assert read(of).study_name == "search"
+    for changes in ({"level": "types"}, {"seeds": 2}, {"sampler": "random"}):
+        with pytest.raises(ConfigError, match="is another search than these settings"):
+            read(Search(replace(of.settings, **changes), tmp_path))
+
+
+def test_text_and_seeds_that_trials_had_are_refused(tmp_path: Path) -> None:
+    data = search(tmp_path).objective().base.data
+    check_heldout(data, ("runs/search/data/heldout",))
+    for seen in ("runs/search/data/train", "./runs/search/../search/data/valid"):
+        with pytest.raises(ConfigError, match=f"heldout has {seen}"):
+            check_heldout(data, (seen,))
+    check_seeds((1, 2, 3), {4, 5})
+    with pytest.raises(ConfigError, match=r"seeds has 2, 3, .* from 6 on"):
+        check_seeds((1, 2, 3), {2, 3, 4, 5})
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("postgresql://me:secret@host:5432/name", "postgresql://***@host:5432/name"),
+        ("postgres//me:se@cret@host/name", "postgres//me:***@host/name"),
+        ("run --database.url 'a://b:secret@c/d' --trials 3", "run --database.url 'a://***@c/d' "
+         "--trials 3"),
+        ("a://host/name?password=secret&x=1", "a://host/name?password=***&x=1"),
+        ("run --config a@b.yaml --out c:/d", "run --config a@b.yaml --out c:/d"),
+    ],
+)  # fmt: skip
+def test_passwords_are_not_shown(text: str, shown: str) -> None:
+    assert masked(text) == shown
