@@ -20,15 +20,12 @@ from typing import Any
 
 import numpy as np
 import optuna
-from optuna.exceptions import StorageInternalError
-from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy.exc import SQLAlchemyError
 
 from megatron_completedp.config.load import build, load_config, to_tree
 from megatron_completedp.data.claims import claim
 from megatron_completedp.errors import CompletedPError, ConfigError
-from megatron_completedp.search.ledger import end_of
 from megatron_completedp.search.objective import Facts, Objective
+from megatron_completedp.search.progress import Progress
 from megatron_completedp.search.pruning import Pruner
 from megatron_completedp.search.queue import Queue, Taken
 from megatron_completedp.search.samplers import make_sampler
@@ -158,7 +155,7 @@ def run(search: Search) -> None:
         devices=devices,
         patience=workers * (settings.retries + 1),
     )
-    crew.run(_Progress(queue).look)
+    crew.run(Progress(queue).look)
 
 
 def work(search: Search) -> None:
@@ -260,34 +257,3 @@ def _sampler(
         return kept[seed]
 
     return of
-
-
-class _Progress:
-    """What the parent logs: each trial that has ended since it last looked."""
-
-    def __init__(self, queue: Queue) -> None:
-        self._queue = queue
-        self._seen = {trial.number for trial in self._ended()}
-
-    def look(self) -> bool:
-        """Whether a trial has ended; not known while the database is away."""
-        try:
-            ended = self._ended()
-        except (SQLAlchemyError, StorageInternalError):
-            return False
-        new = [trial for trial in ended if trial.number not in self._seen]
-        for trial in new:
-            self._seen.add(trial.number)
-            count = sum(each.state != TrialState.FAIL for each in ended)
-            logger.info("%d of %d: trial %d %s", count, self._queue.trials, *_line(trial))
-        return bool(new)
-
-    def _ended(self) -> list[FrozenTrial]:
-        trials = self._queue.study.get_trials(deepcopy=False)
-        return [trial for trial in trials if trial.state.is_finished()]
-
-
-def _line(trial: FrozenTrial) -> tuple[int, str]:
-    end = end_of(trial)
-    how = f"{trial.value:.4f}" if end == "finished" else end
-    return trial.number, f"{how}  ({trial.user_attrs.get('seconds', 0):.0f} s)"

@@ -1,0 +1,46 @@
+"""What `search run` says while its workers train: each trial that has ended."""
+
+from __future__ import annotations
+
+import logging
+
+from optuna.exceptions import StorageInternalError
+from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy.exc import SQLAlchemyError
+
+from megatron_completedp.search.ledger import end_of
+from megatron_completedp.search.queue import Queue
+
+logger = logging.getLogger(__name__)
+
+
+class Progress:
+    """What the parent logs: each trial that has ended since it last looked."""
+
+    def __init__(self, queue: Queue) -> None:
+        self._queue = queue
+        self._seen = {trial.number for trial in self._ended()}
+
+    def look(self) -> bool:
+        """Whether a trial has ended; not known while the database is away."""
+        try:
+            ended = self._ended()
+        except (SQLAlchemyError, StorageInternalError):
+            return False
+        new = [trial for trial in ended if trial.number not in self._seen]
+        for trial in new:
+            self._seen.add(trial.number)
+            count = sum(each.state != TrialState.FAIL for each in ended)
+            logger.info("%d of %d: trial %d %s", count, self._queue.trials, *line(trial))
+        return bool(new)
+
+    def _ended(self) -> list[FrozenTrial]:
+        trials = self._queue.study.get_trials(deepcopy=False)
+        return [trial for trial in trials if trial.state.is_finished()]
+
+
+def line(trial: FrozenTrial) -> tuple[int, str]:
+    """A trial's number, and how it ended."""
+    end = end_of(trial)
+    how = f"{trial.value:.4f}" if end == "finished" else end
+    return trial.number, f"{how}  ({trial.user_attrs.get('seconds', 0):.0f} s)"
