@@ -1,170 +1,208 @@
-"""Build every rank of a run in one process, without its GPUs, and account for each parameter.
+"""Build the ranks of a large run one by one, without its GPUs, and account for every element.
 
-torch's fake process group answers for the absent ranks and meta tensors hold no data, so the real
-GPTModel of a 2,048-rank run can be built and labelled on a laptop.
+Data-parallel replicas hold the same part of the model by construction: layers and shards of a rank
+depend on its TP and PP coordinates alone, and how a replica's optimizer is shared out follows from
+the buffers, which Megatron's own function cuts for every data-parallel rank. The sample is
+therefore one whole replica, the first, and of the last one the corners of TP x PP, which differ
+from it in all that a data-parallel rank may change.
 """
 
 from __future__ import annotations
 
+import gc
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-import torch
 import torch.distributed as dist
-from megatron.core import parallel_state, tensor_parallel
-from torch.testing._internal.distributed.fake_pg import FakeStore
+from megatron.core import parallel_state
+from tqdm import tqdm
 
-from megatron_completedp.config.parallel import ParallelConfig, check_layout
-from megatron_completedp.core.hyperparams import ResidualMultiplier
-from megatron_completedp.core.shape import ModelShape
+from megatron_completedp.config.parallel import ParallelConfig
+from megatron_completedp.config.run import check_world
 from megatron_completedp.errors import ConfigError
-from megatron_completedp.mcore.classify import classify_model
-from megatron_completedp.mcore.inventory import (
-    Inventory,
-    check_inventory,
-    inventory,
-    sum_inventories,
-)
-from megatron_completedp.mcore.model import LanguageModel, build_model
+from megatron_completedp.mcore.inventory import Inventory, check_inventory, sum_inventories
 from megatron_completedp.mcore.platform import CpuPlatform
+from megatron_completedp.mcore.rank_builder import record_rank
+from megatron_completedp.mcore.rank_checks import check_memory, check_replicas, check_saved
+from megatron_completedp.mcore.rank_record import RankRecord
+from megatron_completedp.mcore.simulated_rank import simulated_rank
+from megatron_completedp.plan.memory import Workload, stage_memory
+from megatron_completedp.plan.run_plan import Plan
 
 
 @dataclass(frozen=True, kw_only=True)
 class DryRunReport:
     """What a dry run built; it exists only when every check passed."""
 
+    parallel: ParallelConfig
     world_size: int
     """Ranks of the simulated run; all of them are accounted for."""
-    ranks_built: int
-    """Ranks whose model was built; the others are data-parallel replicas of them."""
-    min_parameters: int
-    """Elements on the emptiest rank, tied copies included."""
-    max_parameters: int
-    """Elements on the fullest rank."""
     total_parameters: int
     """Elements of the whole model, each counted once."""
-    seconds: float
-    """Wall time of the dry run."""
+    saved: dict[str, int]
+    """Elements by kind of state in a checkpoint, each written once."""
+    boxes: int
+    """Tensors that the ranks write into a checkpoint."""
+    records: tuple[RankRecord, ...]
+    """The ranks that were built."""
+    cpu_s: float
+    """CPU time of the dry run, which has one thread."""
 
-    def describe(self) -> str:
-        """One line for the log."""
-        return (
-            f"dry run: {self.world_size:,} ranks covered by {self.ranks_built:,} built, "
-            f"{self.min_parameters:,} to {self.max_parameters:,} parameters per rank, "
-            f"{self.total_parameters:,} in all, {self.seconds:.1f} s"
-        )
+    def __str__(self) -> str:
+        """A paragraph with one line for each check."""
+        parallel, records = self.parallel, self.records
+        replicas = self.world_size // parallel.model_parallel_size
+        states = [record.state for record in records]
+        shards = [len(of) for record in _first_replica(records) for of in record.shards]
+        segments = [record.segments for record in records]
+        built = "all of them" if len(records) == self.world_size else f"{len(records):,} of them"
+        lines = [
+            f"dry run of {self.world_size:,} ranks (TP {parallel.tensor_model_parallel_size}, PP "
+            f"{parallel.pipeline_model_parallel_size}, DP {replicas}), {built} built, in "
+            f"{self.cpu_s:.0f} s of CPU",
+            f"  parameters   {_span(record.elements for record in records)} a rank; "
+            f"{self.total_parameters:,} over TP x PP = the model",
+            f"  optimizer    {sum(shards):,} shards on all ranks ({_span(shards)} a rank) cover "
+            "every element once",
+            f"  segments     {_span(segments)} a rank, each with its module's hyperparameters",
+            f"  checkpoint   {self.boxes:,} tensors cover every element once: "
+            + ", ".join(f"{kind} {count:,}" for kind, count in self.saved.items()),
+            "  memory       equal to plan's, in GB a rank: "
+            + ", ".join(
+                f"{name} {_span((getattr(s, name) / 1e9 for s in states), '.3f')}"
+                for name in ("parameters", "gradients", "masters", "moments")
+            )
+            + f"; padding up to {max(s.padding for s in states) / 1e6:.3f} MB",
+            "  not built    activations, communication buffers, random states and data",
+        ]
+        return "\n".join(lines)
 
 
-def dry_run(
-    shape: ModelShape, parallel: ParallelConfig, *, world_size: int, all_ranks: bool = False
-) -> DryRunReport:
-    """Build and label the model of every rank of a run, and check that nothing is lost.
-
-    Data-parallel replicas hold the same model by construction: the layers and shards of a rank
-    depend on its TP and PP coordinate alone. One replica is therefore built, and Megatron's own
-    data-parallel groups say which ranks each of its coordinates stands for; together they must
-    be all ranks. `all_ranks` builds each replica as well (same checks, DP times the work).
+def dry_run(plan: Plan, *, world_size: int, all_ranks: bool = False) -> DryRunReport:
+    """Build ranks of `plan`'s run on `world_size` GPUs, and check that nothing is lost or doubled.
 
     No GPU is touched: the process becomes a CPU process (see `CpuPlatform.install`), also where
     there is one, so do not train in it afterwards.
 
     Args:
-        shape: the whole model.
-        parallel: how it is split.
-        world_size: ranks of the run, a multiple of TP x PP.
-        all_ranks: build data-parallel replicas too.
+        plan: the run; its layout is `plan.config.parallel`.
+        world_size: ranks of the run.
+        all_ranks: build every rank instead of the sample (same checks, DP times the work).
 
     Raises:
-        ConfigError: the layout does not fit, or torch.distributed is in use in this process.
-        ClassificationError: a parameter has no module, or a replica's sum is not the model.
+        ConfigError: layout, batch and world do not fit, or torch.distributed is in use here.
+        ClassificationError: a parameter has no module, a replica's sum is not the model, or an
+            element has no optimizer, two, or another module's hyperparameters.
+        CheckpointError: an element would be saved by nobody or twice.
+        CompletedPError: a rank does not take the bytes that `plan` says.
 
     """
-    started = time.monotonic()
-    check_layout(shape, parallel)
-    if world_size < 1 or world_size % parallel.model_parallel_size:
-        raise ConfigError(
-            f"world_size is {world_size}; expected a multiple of tensor x pipeline parallel size "
-            f"= {parallel.model_parallel_size}. Change it or the parallel sizes."
-        )
+    started = time.process_time()
+    config = plan.config
+    if world_size < 1:
+        raise ConfigError(f"the world size is {world_size}; expected at least 1 rank.")
+    check_world(config, world_size)
     if dist.is_initialized():
         raise ConfigError(
             "torch.distributed is initialized in this process; a dry run simulates a world of its "
             "own. Run it in a fresh process, or before initializing."
         )
     CpuPlatform().install()
+    gc.collect()
+    gc.freeze()  # Megatron collects garbage in every state dict, at a second for torch's objects
+    try:
+        records = _build(plan, world_size, all_ranks)
+    finally:
+        gc.unfreeze()
+    total = _check_replicas(plan, records, world_size)
+    saved = [box for record in records for box in record.saved]
+    kinds = check_saved(saved, config.model.parameters)
+    _check_memory(plan, records, world_size)
+    return DryRunReport(
+        parallel=config.parallel,
+        world_size=world_size,
+        total_parameters=sum(total.values()),
+        saved=dict(kinds),
+        boxes=len(saved),
+        records=tuple(records),
+        cpu_s=time.process_time() - started,
+    )
+
+
+def _build(plan: Plan, world_size: int, all_ranks: bool) -> list[RankRecord]:
+    """The records of all ranks, or of the sample; the first replica's come first, if not all."""
+    parallel = plan.config.parallel
     with simulated_rank(0, world_size, parallel):
         replica = dist.get_process_group_ranks(parallel_state.get_model_parallel_group())
-    covered: list[int] = []
-    sizes: list[int] = []
-    replicas: dict[int, dict[tuple[int, int], Inventory]] = {}
-    for rank in range(world_size) if all_ranks else replica:
-        with simulated_rank(rank, world_size, parallel):
-            chunks = build_on_meta(shape, parallel)
-            parameters = classify_model(chunks, shape, parallel)
-            data_group = parallel_state.get_data_parallel_group()
-            dp_rank = parallel_state.get_data_parallel_rank()
-            pp_rank = parallel_state.get_pipeline_model_parallel_rank()
-            tp_rank = parallel_state.get_tensor_model_parallel_rank()
-            covered += [rank] if all_ranks else dist.get_process_group_ranks(data_group)
-        sizes.append(sum(item.parameter.numel() for item in parameters))
-        replicas.setdefault(dp_rank, {})[pp_rank, tp_rank] = inventory(parameters)
+    replicas = world_size // parallel.model_parallel_size
+    corners = 0 if all_ranks or replicas == 1 else len(_corner_places(parallel))
+    ranks = list(range(world_size)) if all_ranks else list(replica)
+    records: list[RankRecord] = []
+    with tqdm(total=len(ranks) + corners, unit="rank", disable=None) as bar:
+
+        def build(rank: int) -> None:
+            with simulated_rank(rank, world_size, parallel):
+                records.append(record_rank(plan))
+            bar.update()
+
+        for rank in ranks:
+            build(rank)
+        if corners:
+            for record in list(records):
+                if (record.place.tp_rank, record.place.pp_rank) in _corner_places(parallel):
+                    build(record.data_parallel_ranks[-1])
+    return records
+
+
+def _corner_places(parallel: ParallelConfig) -> set[tuple[int, int]]:
+    """(TP rank, PP rank) of the first and the last rank of both axes."""
+    return {
+        (tp_rank, pp_rank)
+        for tp_rank in (0, parallel.tensor_model_parallel_size - 1)
+        for pp_rank in (0, parallel.pipeline_model_parallel_size - 1)
+    }
+
+
+def _check_replicas(plan: Plan, records: Sequence[RankRecord], world_size: int) -> Inventory:
+    """The whole model by module and layer, after replicas agree and add up to it."""
+    covered = [rank for record in _first_replica(records) for rank in record.data_parallel_ranks]
     assert sorted(covered) == list(range(world_size)), "data-parallel groups do not tile the world"
-    for ranks in replicas.values():
-        total = sum_inventories(ranks)
-        check_inventory(total, shape)
-    return DryRunReport(
-        world_size=world_size,
-        ranks_built=len(sizes),
-        min_parameters=min(sizes),
-        max_parameters=max(sizes),
-        total_parameters=sum(total.values()),
-        seconds=time.monotonic() - started,
+    first = {
+        (record.place.pp_rank, record.place.tp_rank): record for record in _first_replica(records)
+    }
+    replicas: dict[int, dict[tuple[int, int], Inventory]] = {}
+    for record in records:
+        place = record.place
+        check_replicas(first[place.pp_rank, place.tp_rank], record)
+        replicas.setdefault(place.dp_rank, {})[place.pp_rank, place.tp_rank] = record.counts
+    for counts in replicas.values():
+        if len(counts) == plan.config.parallel.model_parallel_size:
+            check_inventory(sum_inventories(counts), plan.config.model)
+    return sum_inventories(replicas[0])
+
+
+def _check_memory(plan: Plan, records: Iterable[RankRecord], world_size: int) -> None:
+    config = plan.config
+    replicas = world_size // config.parallel.model_parallel_size
+    workload = Workload(
+        data_parallel_size=replicas,
+        micro_batch_size=config.training.micro_batch_size,
+        micro_batches=config.training.global_batch_size
+        // (config.training.micro_batch_size * replicas),
+        precision=config.training.precision,
     )
+    for record in records:
+        stage = record.place.pp_rank
+        check_memory(record, stage_memory(config.model, config.parallel, workload, stage))
 
 
-@contextmanager
-def simulated_rank(rank: int, world_size: int, parallel: ParallelConfig) -> Iterator[None]:
-    """Be `rank` of `world_size` inside the block; no process group or seed is left behind.
-
-    Layers read their shard from the process groups themselves, not from parallel_state's rank
-    overrides, so every rank gets groups of its own: 0.3 to 0.6 s at 2,048 ranks. Collectives
-    inside the block return at once and move nothing.
-    """
-    dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
-    try:
-        parallel_state.initialize_model_parallel(
-            parallel.tensor_model_parallel_size,
-            parallel.pipeline_model_parallel_size,
-            parallel.virtual_pipeline_model_parallel_size,
-            create_gloo_process_groups=False,
-        )
-        with torch.random.fork_rng(devices=[]):
-            # Megatron's layers fork this RNG when they are constructed, also on meta.
-            tensor_parallel.model_parallel_cuda_manual_seed(0)
-            yield
-    finally:
-        tensor_parallel.get_cuda_rng_tracker().reset()
-        parallel_state.destroy_model_parallel()
-        dist.destroy_process_group()
+def _first_replica(records: Iterable[RankRecord]) -> list[RankRecord]:
+    return [record for record in records if record.place.dp_rank == 0]
 
 
-def build_on_meta(shape: ModelShape, parallel: ParallelConfig) -> list[LanguageModel]:
-    """Build the current rank's model chunks without data: names, shapes and TP marks only.
-
-    Layers are the local ones also where Transformer Engine is installed: its tensors are split
-    alike, and it cannot be counted on to build without a device.
-    """
-    return build_model(
-        shape,
-        parallel,
-        platform=CpuPlatform(),
-        precision="bf16",
-        # Multipliers own no parameters, so a model without data may leave them at 1.
-        residual=[
-            ResidualMultiplier(layer=layer, attention=1.0, mlp=1.0)
-            for layer in range(shape.num_layers)
-        ],
-        device=torch.device("meta"),
-    )
+def _span(values: Iterable[float], form: str = ",") -> str:
+    """`5`, or `3 to 5` where they differ."""
+    numbers = sorted(values)
+    low, high = format(numbers[0], form), format(numbers[-1], form)
+    return low if low == high else f"{low} to {high}"

@@ -72,6 +72,7 @@ class PerModuleAdamW(torch.optim.Optimizer):
             )
         self.grad_scale = 1.0
         self._table: tuple[AdamWValues, ...] = ()
+        self._segments: dict[Tensor, tuple[Segment, ...]] = {}
         self._held: list[Tensor] | None = None
         self._backend: Backend | None = None
 
@@ -79,6 +80,11 @@ class PerModuleAdamW(torch.optim.Optimizer):
     def table(self) -> tuple[AdamWValues, ...]:
         """The sets of values that `assign` was given; empty before."""
         return self._table
+
+    @property
+    def segments(self) -> Mapping[Tensor, tuple[Segment, ...]]:
+        """For every tensor that is not empty, its segments as `assign` was given them."""
+        return self._segments
 
     def assign(
         self, table: Sequence[AdamWValues], segments: Mapping[Tensor, Sequence[Segment]]
@@ -114,9 +120,10 @@ class PerModuleAdamW(torch.optim.Optimizer):
                 "Move the model to it before building the optimizer."
             )
         self._table = tuple(table)
+        self._segments = {param: tuple(segments[param]) for param in held}
         self._held = held
         if held:
-            self._backend = _backend(devices.pop(), [segments[param] for param in held])
+            self._backend = _backend(devices.pop(), list(self._segments.values()))
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -196,7 +203,7 @@ def _check_tensor(param: Tensor, segments: Sequence[Segment], sets: int) -> None
 
 
 def _backend(device: torch.device, segments: Sequence[Sequence[Segment]]) -> Backend:
-    if device.type == "cpu":
+    if device.type in ("cpu", "meta"):  # on meta, a dry run assigns and never steps
         return FlatAdamW(segments)
     try:
         # Only here, because CPU installations of torch come without triton.

@@ -13,7 +13,7 @@ import tyro
 
 from megatron_completedp.config.cli import load_run, run_command
 from megatron_completedp.core.identity import check_names
-from megatron_completedp.errors import REQUEUE_EXIT_CODE, CompletedPError
+from megatron_completedp.errors import REQUEUE_EXIT_CODE, CompletedPError, ConfigError
 from megatron_completedp.plan.run_plan import Plan
 
 PROG = "torchrun -m megatron_completedp.train"
@@ -30,6 +30,7 @@ Examples:
   torchrun --nproc-per-node 2 -m megatron_completedp.train --config run.yaml \\
       --tensor-model-parallel-size 2
   python -m megatron_completedp.train --config run.yaml --recipe recipe.yaml
+  python -m megatron_completedp.train --config run.yaml --dry-run --world-size 2048
 """
 
 #: How much sooner rank 0 reports an error than the others: the skew of their start, with room.
@@ -42,6 +43,12 @@ class TrainFlags:
 
     dry_run: bool = False
     """Print the resolved per-module table and stop: no model, no data, no GPU."""
+    world_size: int | None = None
+    """With --dry-run: build ranks of a run on so many GPUs too, without data or GPUs, and hold what
+    each of them owns, trains with, saves and takes in memory against the model and the plan."""
+    all_ranks: bool = False
+    """With --world-size: build every rank; without it the first data-parallel replica and the
+    corners of the last."""
     allow_hp_change: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """A hyperparameter that may differ from the checkpoint's, such as q.lr, or *.lr for every
     module; can be repeated. Without it a run with other hyperparameters is not resumed."""
@@ -64,10 +71,14 @@ def _run(argv: Sequence[str]) -> int:
     allowed_changes = check_names(flags.allow_hp_change)
     plan = Plan.of(config)
     if flags.dry_run:
-        print(plan)
-        return 0
+        return _dry_run(plan, flags)
+    if flags.world_size is not None or flags.all_ranks:
+        raise ConfigError(
+            "--world-size and --all-ranks describe a dry run; add --dry-run. A run has the ranks "
+            "that torchrun starts."
+        )
     _log_on_rank_zero()
-    # Torch and Megatron take seconds to import; --help, --dry-run and bad values do not wait.
+    # Torch and Megatron take seconds to import; --help, the tables and bad values do not wait.
     from megatron_completedp.mcore.parallel import destroy_parallel
     from megatron_completedp.train.start import train
 
@@ -75,6 +86,20 @@ def _run(argv: Sequence[str]) -> int:
     # Not after an error: it would wait for ranks that may have gone.
     destroy_parallel()
     return REQUEUE_EXIT_CODE if result.stopped else 0
+
+
+def _dry_run(plan: Plan, flags: TrainFlags) -> int:
+    print(plan)
+    if flags.world_size is None:
+        if flags.all_ranks:
+            raise ConfigError("--all-ranks is of the --world-size to simulate; give it too.")
+        return 0
+    from megatron_completedp.mcore.dry_run import dry_run
+
+    # Megatron's own lines, repeated for every rank, say nothing about this run.
+    logging.getLogger("megatron.core").setLevel(logging.ERROR)
+    print(f"\n{dry_run(plan, world_size=flags.world_size, all_ranks=flags.all_ranks)}")
+    return 0
 
 
 def _log_on_rank_zero() -> None:

@@ -21,8 +21,8 @@ from megatron_completedp.core.roles import Module
 from megatron_completedp.core.shape import ModelShape
 from megatron_completedp.errors import ClassificationError
 from megatron_completedp.mcore.classify import ClassifiedParameter, classify_model
-from megatron_completedp.mcore.dry_run import build_on_meta, simulated_rank
 from megatron_completedp.mcore.inventory import check_inventory, inventory, sum_inventories
+from megatron_completedp.mcore.simulated_rank import build_on_meta, simulated_rank
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 

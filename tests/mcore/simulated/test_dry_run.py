@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,98 +12,130 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from megatron_completedp.config.cli import load_run
 from megatron_completedp.config.parallel import ParallelConfig
 from megatron_completedp.core.roles import Module
-from megatron_completedp.core.shape import ModelShape
-from megatron_completedp.errors import ClassificationError, ConfigError
-from megatron_completedp.mcore import dry_run as subject
+from megatron_completedp.errors import (
+    CheckpointError,
+    ClassificationError,
+    CompletedPError,
+    ConfigError,
+)
+from megatron_completedp.mcore import dry_run as dry_run_module
+from megatron_completedp.mcore import optimizer, rank_builder
 from megatron_completedp.mcore.classify import ClassifiedParameter
 from megatron_completedp.mcore.dry_run import dry_run
+from megatron_completedp.optim.segments import Segment, segments_of_shard
+from megatron_completedp.plan.run_plan import Plan
+from megatron_completedp.train.__main__ import TrainFlags
+from tests.mcore.engine_runs import run_config
 
-SMALL: dict[str, Any] = {
-    "num_layers": 4,
-    "hidden_size": 16,
-    "ffn_hidden_size": 32,
-    "num_attention_heads": 4,
-    "num_query_groups": 2,
-    "head_dim": 4,
-    "vocab_size": 250,
-    "seq_length": 8,
-}
-DENSE_7B = ModelShape(
-    num_layers=32,
-    hidden_size=4096,
-    ffn_hidden_size=14336,
-    num_attention_heads=32,
-    num_query_groups=8,
-    head_dim=128,
-    vocab_size=50432,
-    seq_length=4096,
-)
+TARGETS = Path(__file__).parents[3] / "examples" / "targets"
+
 TP2_PP2 = ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=2)
+SHARDED = replace(TP2_PP2, use_distributed_optimizer=True, overlap_grad_reduce=True)
+TP2 = replace(SHARDED, pipeline_model_parallel_size=1)
 
 
-def test_the_report_counts_ranks_and_parameters() -> None:
-    shape = ModelShape(**SMALL)
-    report = dry_run(shape, TP2_PP2, world_size=12)
-    assert (report.world_size, report.ranks_built) == (12, 4)
-    assert report.total_parameters == shape.parameters
-    # Written out: half of two layers' matrices, their gains whole (2 of 16, 2 of 4), and half of
-    # an embedding of 256 x 16; the last stage has the final norm besides.
-    matrices = (16 * (16 + 8 + 8 + 16) + 3 * 32 * 16) // 2
-    first_stage = 2 * (matrices + 2 * 16 + 2 * 4) + 256 * 16 // 2
-    assert report.min_parameters == first_stage
-    assert report.max_parameters == first_stage + 16
-    assert "12 ranks covered by 4 built" in report.describe()
+def plan_of(parallel: ParallelConfig = SHARDED, **changes: Any) -> Plan:
+    """A small run in which no two modules or layers share hyperparameters."""
+    training = {"precision": "bf16"} | changes.pop("training", {})
+    return Plan.of(run_config(parallel, training=training, **changes))
+
+
+def test_the_sample_is_a_replica_and_the_corners_of_the_last() -> None:
+    plan = plan_of()
+    report = dry_run(plan, world_size=16)
+    # TP 2 x PP 2 at DP 0, and all four of them, corners each, at DP 3.
+    assert [record.place.dp_rank for record in report.records] == [0] * 4 + [3] * 4
+    assert report.total_parameters == plan.config.model.parameters
+    kinds = ("weights", "param", "exp_avg", "exp_avg_sq")
+    assert report.saved == dict.fromkeys(kinds, plan.config.model.parameters)
+    # Written out: per rank half of two layers' matrices, their gains whole (2 of 96, 2 of 32), and
+    # half of an embedding of 256 x 96; the last stage has the final norm besides.
+    matrices = (96 * (128 + 64 + 64 + 128) + 3 * 160 * 96) // 2
+    first_stage = 2 * (matrices + 2 * 96 + 2 * 32) + 256 * 96 // 2
+    sizes = {record.elements for record in report.records}
+    assert sizes == {first_stage, first_stage + 96}
+    assert f"{first_stage:,} to {first_stage + 96:,} a rank" in str(report)
+    assert "dry run of 16 ranks (TP 2, PP 2, DP 4), 8 of them built" in str(report)
+    # bf16: weights 2, gradients 4, masters 4 and moments 8 bytes an element, the last two shared.
+    for record in report.records:
+        own = sum(shard.stop - shard.start for shard in record.shards[record.place.dp_rank])
+        state = record.state
+        assert (state.parameters, state.gradients) == (2 * record.elements, 4 * record.elements)
+        assert (state.masters, state.moments) == (4 * own, 8 * own)
 
 
 def test_all_ranks_builds_the_replicas_too() -> None:
-    shape = ModelShape(**SMALL)
-    report = dry_run(shape, TP2_PP2, world_size=8, all_ranks=True)
-    assert (report.ranks_built, report.total_parameters) == (8, shape.parameters)
+    report = dry_run(plan_of(), world_size=16, all_ranks=True)
+    assert [record.place.rank for record in report.records] == list(range(16))
+    assert "all of them built" in str(report)
 
 
-@pytest.mark.parametrize("chunks", [None, 2])
-@pytest.mark.parametrize("changes", [{"tied_embeddings": True}, {"activation": "gelu"}])
-def test_variants_add_up(changes: dict[str, Any], chunks: int | None) -> None:
-    shape = ModelShape(**(SMALL | changes))
-    parallel = ParallelConfig(
-        pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=chunks
+@pytest.mark.parametrize("sharded", [True, False], ids=["zero1", "replicated"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model": {"activation": "gelu"}},
+        {"training": {"precision": "fp32"}},
+        {"chunks": 2},
+    ],
+    ids=["gelu", "fp32", "interleaved"],
+)
+def test_variants_add_up(changes: dict[str, Any], sharded: bool) -> None:
+    options = dict(changes)
+    parallel = replace(
+        SHARDED if sharded else TP2_PP2,
+        virtual_pipeline_model_parallel_size=options.pop("chunks", None),
     )
-    assert dry_run(shape, parallel, world_size=4).total_parameters == shape.parameters
+    plan = plan_of(parallel, **options)
+    report = dry_run(plan, world_size=8)
+    assert report.total_parameters == plan.config.model.parameters
+    first = report.records[0]
+    owned = sum(shard.stop - shard.start for of in first.shards for shard in of)
+    assert owned == first.elements * (1 if sharded else 2)
 
 
-@pytest.mark.parametrize("chunks", [None, pytest.param(2, marks=pytest.mark.slow)])
-def test_a_run_of_2048_ranks_takes_less_than_a_minute(chunks: int | None) -> None:
-    parallel = ParallelConfig(
-        tensor_model_parallel_size=8,
-        pipeline_model_parallel_size=4,
-        virtual_pipeline_model_parallel_size=chunks,
-    )
-    started = time.process_time()
-    report = dry_run(DENSE_7B, parallel, world_size=2048)
-    seconds = time.process_time() - started
-    assert (report.ranks_built, report.total_parameters) == (32, DENSE_7B.parameters)
-    # CPU time, because other processes on the machine are not ours to measure: 10 to 30 s, mostly
-    # Megatron's groups. The bound is what a user would wait for before a job.
-    assert seconds < 60
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("layout", "built"),
+    [
+        (["--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "4"], 8 + 4),
+        (
+            [
+                *("--tensor-model-parallel-size", "8", "--pipeline-model-parallel-size", "4"),
+                *("--virtual-pipeline-model-parallel-size", "2", "--micro-batch-size", "1"),
+            ],
+            32 + 4,
+        ),
+    ],
+    ids=["tp2_pp4", "tp8_pp4_vpp2"],
+)
+def test_the_7b_target_on_2048_ranks(layout: list[str], built: int) -> None:
+    argv = ["--config", str(TARGETS / "target_7200m.yaml"), *layout]
+    config, _ = load_run(argv, prog="train", description="", extra=TrainFlags)
+    report = dry_run(Plan.of(config), world_size=2048)
+    assert len(report.records) == built
+    assert report.total_parameters == config.model.parameters == 7_190_355_968
+    # 12 ranks took 21 s and 36 ranks 44 s. The bound is what a user would wait for before a job.
+    assert report.cpu_s < 120
 
 
-def losing(lost: Callable[[ClassifiedParameter], bool]) -> Callable[..., Any]:
-    """A classify_model that forgets the parameters for which `lost` holds."""
-    complete = subject.classify_model
-
-    def classify_model(*args: Any) -> Sequence[ClassifiedParameter]:
-        return [item for item in complete(*args) if not lost(item)]
-
-    return classify_model
+def forgetting(lost: Callable[[ClassifiedParameter], bool]) -> Callable[..., Any]:
+    """An inventory that forgets the parameters for which `lost` holds."""
+    complete = rank_builder.inventory
+    return lambda parameters: complete([item for item in parameters if not lost(item)])
 
 
 @pytest.mark.parametrize(
     ("lost", "message"),
     [
-        (lambda item: item.ranges[0].module is Module.O, "o of layer 0: 0 elements, expected 256"),
-        (lambda item: item.layer == 3, "v of layer 3: 0 elements, expected 128"),
+        (
+            lambda item: item.ranges[0].module is Module.O,
+            "o of layer 0: 0 elements, expected 12,288",
+        ),
+        (lambda item: item.layer == 3, "v of layer 3: 0 elements, expected 6,144"),
         (
             lambda item: (
                 item.ranges[0].module is Module.DOWN
@@ -116,54 +149,120 @@ def losing(lost: Callable[[ClassifiedParameter], bool]) -> Callable[..., Any]:
 def test_what_is_lost_is_named(
     monkeypatch: pytest.MonkeyPatch, lost: Callable[[ClassifiedParameter], bool], message: str
 ) -> None:
-    monkeypatch.setattr(subject, "classify_model", losing(lost))
+    monkeypatch.setattr(rank_builder, "inventory", forgetting(lost))
     with pytest.raises(ClassificationError, match=message):
-        dry_run(ModelShape(**SMALL), TP2_PP2, world_size=8)
+        dry_run(plan_of(), world_size=4)
 
 
-def test_a_stage_with_the_wrong_layers_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    build = subject.build_on_meta
-
-    def build_as_first_stage(*args: Any) -> Any:
-        parallel_state.set_pipeline_model_parallel_rank(0)
-        try:
-            return build(*args)
-        finally:
-            parallel_state.set_pipeline_model_parallel_rank(None)
-
-    monkeypatch.setattr(subject, "build_on_meta", build_as_first_stage)
-    with pytest.raises(ClassificationError, match="embedding: 8,192 elements, expected 4,096"):
-        dry_run(ModelShape(**SMALL), TP2_PP2, world_size=4)
+def shifted(rows: Sequence[Segment], columns: int, start: int, stop: int) -> tuple[Segment, ...]:
+    """segments_of_shard with the first boundary inside the shard one row further on."""
+    segments = segments_of_shard(rows, columns, start, stop)
+    if len(segments) == 1 or segments[1].length <= columns:
+        return segments
+    first, second, *rest = segments
+    end = first.stop + columns
+    return (replace(first, stop=end), replace(second, start=end), *rest)
 
 
-def fail(*_: Any) -> None:
+def test_a_row_with_its_neighbour_s_hyperparameters_is_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(optimizer, "segments_of_shard", shifted)
+    with pytest.raises(ClassificationError, match=r"of decoder\..* would train with AdamWValues"):
+        dry_run(plan_of(), world_size=4)
+
+
+def without_last(found: tuple[Any, ...]) -> tuple[Any, ...]:
+    return found[:-1]
+
+
+def last_twice(found: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (*found, found[-1])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda by_rank: (*by_rank[:-1], without_last(by_rank[-1])), "was due|segments end at"),
+        (lambda by_rank: (*by_rank[:-1], last_twice(by_rank[-1])), "was due"),
+        (lambda by_rank: (by_rank[0] + by_rank[1], *by_rank[1:]), "was due"),
+    ],
+    ids=["left_out", "twice", "on_two_ranks"],
+)
+def test_an_element_without_one_optimizer_is_named(
+    monkeypatch: pytest.MonkeyPatch, change: Callable[[Any], Any], message: str
+) -> None:
+    cut = rank_builder._shards
+    monkeypatch.setattr(rank_builder, "_shards", lambda *args: change(cut(*args)))
+    with pytest.raises(ClassificationError, match=f"the optimizer's shards of .*({message})"):
+        dry_run(plan_of(TP2), world_size=4)
+
+
+@pytest.mark.parametrize("change", [without_last, last_twice], ids=["left_out", "twice"])
+def test_an_element_not_saved_once_is_named(
+    monkeypatch: pytest.MonkeyPatch, change: Callable[[Any], Any]
+) -> None:
+    saved = rank_builder._saved_tensors
+
+    def changed(*args: Any) -> Any:
+        found = saved(*args)
+        return change(found) if dist.get_rank() == 0 else found
+
+    monkeypatch.setattr(rank_builder, "_saved_tensors", changed)
+    with pytest.raises(CheckpointError, match=r"the checkpoint's .* expected .* each once"):
+        dry_run(plan_of(), world_size=4)
+
+
+@pytest.mark.parametrize("part", ["parameters", "gradients", "masters", "moments"])
+def test_bytes_that_plan_does_not_say_are_named(monkeypatch: pytest.MonkeyPatch, part: str) -> None:
+    right = dry_run_module.stage_memory
+
+    def wrong(*args: Any) -> Any:
+        memory = right(*args)
+        return replace(memory, **{part: getattr(memory, part) + 2})
+
+    monkeypatch.setattr(dry_run_module, "stage_memory", wrong)
+    with pytest.raises(CompletedPError, match=f"bytes of {part}; plan's memory model says"):
+        dry_run(plan_of(), world_size=4)
+
+
+def fail(*_: Any, **__: Any) -> None:
     raise ClassificationError("on purpose")
 
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_the_process_is_left_as_it_was(monkeypatch: pytest.MonkeyPatch, fails: bool) -> None:
-    state = torch.get_rng_state()
+    state, kind, group = torch.get_rng_state(), torch.Tensor.type, dist.new_group
+    device = torch.cuda.current_device
     if fails:
-        monkeypatch.setattr(subject, "classify_model", fail)
+        monkeypatch.setattr(rank_builder, "build_optimizer", fail)
         with pytest.raises(ClassificationError, match="on purpose"):
-            dry_run(ModelShape(**SMALL), TP2_PP2, world_size=4)
+            dry_run(plan_of(), world_size=4)
     else:
-        dry_run(ModelShape(**SMALL), TP2_PP2, world_size=4)
+        dry_run(plan_of(), world_size=4)
     assert not dist.is_initialized()
     assert not parallel_state.model_parallel_is_initialized()
     assert torch.equal(torch.get_rng_state(), state)
+    assert (torch.Tensor.type, dist.new_group, torch.cuda.current_device) == (kind, group, device)
 
 
-@pytest.mark.parametrize("world_size", [0, 6])
-def test_a_world_that_does_not_hold_whole_replicas_is_refused(world_size: int) -> None:
-    with pytest.raises(ConfigError, match=f"world_size is {world_size}.*multiple of.*= 4"):
-        dry_run(ModelShape(**SMALL), TP2_PP2, world_size=world_size)
+@pytest.mark.parametrize(
+    ("world_size", "message"),
+    [
+        (0, "the world size is 0; expected at least 1 rank"),
+        (6, "the world size is 6, .* = 4 does not divide; start a multiple of 4"),
+        (12, "global_batch_size is 8; expected a multiple of 6"),
+    ],
+)
+def test_a_world_that_cannot_run_the_config_is_refused(world_size: int, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        dry_run(plan_of(), world_size=world_size)
 
 
 def test_a_process_with_a_world_of_its_own_is_refused() -> None:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         with pytest.raises(ConfigError, match=r"torch\.distributed is initialized"):
-            dry_run(ModelShape(**SMALL), TP2_PP2, world_size=4)
+            dry_run(plan_of(), world_size=4)
     finally:
         dist.destroy_process_group()

@@ -14,10 +14,10 @@ from megatron_completedp.core.shape import ModelShape
 from megatron_completedp.errors import HyperparamError
 from megatron_completedp.mcore.classify import ClassifiedParameter, classify_model
 from megatron_completedp.mcore.draw import draw_weight
-from megatron_completedp.mcore.dry_run import simulated_rank
 from megatron_completedp.mcore.init import InitStd, initialize_parameters, local_slice
 from megatron_completedp.mcore.model import Precision, build_model
 from megatron_completedp.mcore.platform import CpuPlatform
+from megatron_completedp.mcore.simulated_rank import simulated_rank
 
 # Heads and groups differ, and so do all sizes, so that a transposed or misplaced block shows.
 SHAPE = ModelShape(
