@@ -13,8 +13,10 @@ from megatron_completedp.launch import slurm
 from megatron_completedp.launch.settings import ClusterSettings
 from megatron_completedp.plan.cost import step_cost
 from megatron_completedp.plan.devices import Device
-from megatron_completedp.plan.layouts import USABLE_MEMORY, Layout, describe, rank_layouts
+from megatron_completedp.plan.layouts import USABLE_MEMORY, Layout
 from megatron_completedp.plan.memory import Workload, peak_memory
+from megatron_completedp.plan.ranking import rank_layouts
+from megatron_completedp.plan.words import describe
 from megatron_completedp.train import folder as run_folder
 
 #: What slurm_array.sbatch runs in every task, by the word that selects it.

@@ -12,7 +12,8 @@ from megatron_completedp.config.cli import load_run, run_command
 from megatron_completedp.config.run import RunConfig
 from megatron_completedp.errors import ConfigError
 from megatron_completedp.plan.devices import find_device
-from megatron_completedp.plan.layouts import Ranking, rank_layouts
+from megatron_completedp.plan.layouts import Ranking
+from megatron_completedp.plan.ranking import rank_layouts
 from megatron_completedp.plan.report import explanation, ranking_json, ranking_text
 from megatron_completedp.plan.run_plan import Plan
 

@@ -1,7 +1,7 @@
 """Time and traffic of one optimizer step, and GPU-hours of a run.
 
 An estimate, with every part stated. FLOPs are the model's (`core.budget.model_flops_per_token`);
-full recomputation runs the forward pass again, a third more.
+full recomputation runs the layers' forward pass again, a third of them without the readout's.
 
     compute   FLOPs / (GPUs x bf16 peak x utilization)
     bubble    compute x fraction; fraction = (PP - 1) / (micro batches x VPP), of 1F1B, interleaved
@@ -10,7 +10,7 @@ full recomputation runs the forward pass again, a third more.
               same; SP gathers each linear layer's input once more for its weight gradient; full
               recomputation repeats the forward's half
     pipeline  [tokens, hidden] (/ TP under SP) to the next stage and its gradient back, per chunk
-              and micro batch
+              and micro batch; of two stages, each has one end where nothing is sent
     data      reduce-scatter of fp32 gradients and all-gather of parameters, (DP - 1) / DP of them
               each; hidden behind the last micro batch's backward and the first one's forward pass
               where overlap is on, else in full
@@ -30,6 +30,7 @@ from dataclasses import dataclass
 
 from megatron_completedp.config.parallel import ParallelConfig
 from megatron_completedp.core.budget import model_flops_per_token
+from megatron_completedp.core.roles import Module
 from megatron_completedp.core.shape import ModelShape
 from megatron_completedp.plan.devices import GPUS_PER_NODE, Device
 from megatron_completedp.plan.memory import Workload, outer_stages, rank_modules
@@ -52,6 +53,8 @@ class Cost:
     """Seconds of one step by cause, and what follows."""
 
     compute_s: float
+    recompute_s: float
+    """Of compute, the second forward pass of full recomputation."""
     bubble_s: float
     tensor_s: float
     pipeline_s: float
@@ -99,7 +102,8 @@ def traffic(shape: ModelShape, parallel: ParallelConfig, workload: Workload) -> 
     if parallel.recompute_granularity == "full":
         halves += 4
     per_layer = halves * stream * (tp - 1) / tp
-    sends = 0 if pp == 1 else 2 * chunks
+    # The busiest stage is one in the middle; of two, one sends no gradient, the other no output.
+    sends = 0 if pp == 1 else 2 * chunks - (pp == 2)
     sent = stream / (tp if parallel.sequence_parallel else 1)
     elements = max(
         sum(rank_modules(shape, parallel, stage).values()) for stage in outer_stages(parallel)
@@ -126,8 +130,10 @@ def step_cost(
     gpus = tp * pp * dp
     tokens = workload.micro_batch_size * workload.micro_batches * dp * shape.seq_length
     useful = tokens * model_flops_per_token(shape) / gpus / device.bf16_flops
-    again = 4 / 3 if parallel.recompute_granularity == "full" else 1.0
-    compute = useful * again / utilization
+    recomputed = (
+        useful * _layers_forward(shape) if parallel.recompute_granularity == "full" else 0.0
+    )
+    compute = (useful + recomputed) / utilization
     sent = traffic(shape, parallel, workload)
     data = sent.data / _bandwidth(device, tp * dp, ports=max(1, GPUS_PER_NODE // tp))
     if parallel.overlap_grad_reduce:
@@ -135,6 +141,7 @@ def step_cost(
     fraction = bubble_fraction(parallel, workload.micro_batches)
     return Cost(
         compute_s=compute,
+        recompute_s=recomputed / utilization,
         bubble_s=compute * fraction,
         tensor_s=sent.tensor / _bandwidth(device, tp),
         pipeline_s=sent.pipeline / _bandwidth(device, gpus),
@@ -144,6 +151,12 @@ def step_cost(
         bubble_fraction=fraction,
         useful_s=useful,
     )
+
+
+def _layers_forward(shape: ModelShape) -> float:
+    """The layers' forward pass as a part of the model's FLOPs: a third of all but the readout."""
+    readout = Module.EMBEDDING if shape.tied_embeddings else Module.UNEMBEDDING
+    return (1 - 6 * shape.module_parameters(readout) / model_flops_per_token(shape)) / 3
 
 
 def _bandwidth(device: Device, span: int, *, ports: int = 1) -> float:

@@ -1,13 +1,14 @@
 """GPUs that `plan` knows, with the figures its estimates use.
 
-Per GPU, from NVIDIA's data sheets of the SXM parts, read as decimal units:
+Per GPU of the SXM kind. Memory is what the driver reports (nvidia-smi, total), which is more than
+the data sheets' 80, 80, 141 and 180 GB; the rest is from NVIDIA's data sheets, in decimal units:
 
 | GPU | memory | memory bandwidth | bf16 dense | NVLink, both directions | source |
 | --- | --- | --- | --- | --- | --- |
-| A100-80 | 80 GB HBM2e | 2.039 TB/s | 312 TFLOP/s | 600 GB/s | A100 80GB data sheet |
-| H100 | 80 GB HBM3 | 3.35 TB/s | 989 TFLOP/s | 900 GB/s | H100 data sheet |
-| H200 | 141 GB HBM3e | 4.8 TB/s | 989 TFLOP/s | 900 GB/s | H200 data sheet |
-| B200 | 180 GB HBM3e | 7.7 TB/s | 2250 TFLOP/s | 1800 GB/s | DGX B200 data sheet, / 8 |
+| A100-80 | 81,920 MiB | 2.039 TB/s | 312 TFLOP/s | 600 GB/s | A100 80GB data sheet |
+| H100 | 81,559 MiB | 3.35 TB/s | 989 TFLOP/s | 900 GB/s | H100 data sheet |
+| H200 | 143,771 MiB | 4.8 TB/s | 989 TFLOP/s | 900 GB/s | H200 data sheet |
+| B200 | 183,359 MiB | 7.7 TB/s | 2250 TFLOP/s | 1800 GB/s | Blackwell data sheet, HGX B200 |
 
 The sheets of H100, H200 and B200 print bf16 with sparsity; dense is half of that. The table below
 holds NVLink per direction, half of the figure above. The network between nodes is no property of a
@@ -20,6 +21,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_completedp.errors import ConfigError
+
+MIB = 2**20
 
 #: GPUs that share NVLink.
 GPUS_PER_NODE = 8
@@ -46,7 +49,7 @@ DEVICES = {
     for device in (
         Device(
             name="A100-80",
-            memory_bytes=80e9,
+            memory_bytes=81_920 * MIB,
             memory_bandwidth=2.039e12,
             bf16_flops=312e12,
             nvlink_bandwidth=300e9,
@@ -54,7 +57,7 @@ DEVICES = {
         ),
         Device(
             name="H100",
-            memory_bytes=80e9,
+            memory_bytes=81_559 * MIB,
             memory_bandwidth=3.35e12,
             bf16_flops=989e12,
             nvlink_bandwidth=450e9,
@@ -62,7 +65,7 @@ DEVICES = {
         ),
         Device(
             name="H200",
-            memory_bytes=141e9,
+            memory_bytes=143_771 * MIB,
             memory_bandwidth=4.8e12,
             bf16_flops=989e12,
             nvlink_bandwidth=450e9,
@@ -70,7 +73,7 @@ DEVICES = {
         ),
         Device(
             name="B200",
-            memory_bytes=180e9,
+            memory_bytes=183_359 * MIB,
             memory_bandwidth=7.7e12,
             bf16_flops=2250e12,
             nvlink_bandwidth=900e9,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+
+import tyro
 
 from megatron_completedp.config.cli import run_command
 from megatron_completedp.config.load import build_run, read_run
@@ -26,6 +28,14 @@ Example:
 
 _HEADER = ["run", "parameters", "tokens", "hidden", "heads", "layers", "d_ff"]
 _HEADER += ["batch", "FLOPs", "compute", "m_N", "m_L", "m_B", "m_D"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LadderFlags:
+    """Arguments of this command."""
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """YAML files of runs, in any order."""
 
 
 def ladder_text(runs: dict[str, RunConfig]) -> str:
@@ -67,14 +77,9 @@ def _budget(config: RunConfig) -> Budget:
 
 def main(argv: Sequence[str]) -> int:
     """Print the ladder of the files in `argv`. Returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m megatron_completedp.plan.ladder",
-        description=DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("configs", nargs="+", metavar="RUN.yaml", help="runs, in any order")
-    paths = parser.parse_args(argv).configs
-    print(ladder_text({path: build_run(read_run(path)) for path in paths}))
+    prog = "python -m megatron_completedp.plan.ladder"
+    flags = tyro.cli(LadderFlags, prog=prog, description=DESCRIPTION, args=list(argv))
+    print(ladder_text({str(path): build_run(read_run(path)) for path in flags.runs}))
     return 0
 
 

@@ -3,27 +3,35 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from textwrap import fill, wrap
 from typing import Any
 
 from megatron_completedp.config.run import RunConfig
 from megatron_completedp.core.budget import model_flops_per_token
 from megatron_completedp.core.render import text_table
 from megatron_completedp.plan.cost import LINK_EFFICIENCY
-from megatron_completedp.plan.layouts import USABLE_MEMORY, Layout, Ranking, describe, reason
+from megatron_completedp.plan.layouts import USABLE_MEMORY, Layout, Ranking
+from megatron_completedp.plan.words import describe, reason
 
 #: Rows of the printed table; --json has them all.
 ROWS = 8
 
+#: Columns of the text.
+WIDTH = 120
+
 _HEADER = ["TP", "PP", "VPP", "SP", "DP", "micro", "recompute"]
-_HEADER += ["weights", "optimizer", "activations", "working", "GB"]
+_HEADER += ["weights", "optim", "activ", "working", "GB"]
 _HEADER += ["bubble", "sent GB", "step s", "MFU", "GPU-h"]
 
 
 def ranking_text(ranking: Ranking) -> str:
-    """The table of the best layouts, the recommendation and its reason (at most 120 columns)."""
+    """The table of the best layouts, the recommendation and its reason, in at most WIDTH columns.
+
+    The last lines are the layout's flags, as a shell takes them.
+    """
     device, best = ranking.device, ranking.best
     head = (
-        f"{ranking.gpus} x {device.name} ({device.memory_bytes / 1e9:.0f} GB each, "
+        f"{ranking.gpus} x {device.name} ({device.memory_bytes / 1e9:.1f} GB each, "
         f"{best.limit_bytes / 1e9:.1f} GB of it for tensors; {device.bf16_flops / 1e12:.0f} "
         f"TFLOP/s bf16, utilization {ranking.utilization:g})"
     )
@@ -37,14 +45,14 @@ def ranking_text(ranking: Ranking) -> str:
     hours = ranking.steps * best.cost.step_s / 3600
     return "\n".join(
         [
-            head,
+            fill(head, WIDTH),
             table,
-            counts,
+            fill(counts, WIDTH),
             f"recommended: {describe(best)}",
-            f"because: {reason(ranking)}",
+            fill(f"because: {reason(ranking)}", WIDTH, subsequent_indent="  "),
             f"expected: {ranking.steps:,} steps of {best.cost.step_s:.3g} s, {hours:.3g} h, "
             f"{ranking.gpu_hours(best):,.4g} GPU-hours",
-            f"flags: {best.flags}",
+            "flags:\n" + " \\\n".join(wrap(best.flags, WIDTH - 2, break_on_hyphens=False)),
         ]
     )
 
@@ -57,7 +65,8 @@ def explanation(ranking: Ranking, config: RunConfig) -> str:
     elements = memory.parameters / 2
     shards = work.data_parallel_size if parallel.use_distributed_optimizer else 1
     flops = config.batch_tokens * model_flops_per_token(shape)
-    again = " x 4/3 (recomputation)" if parallel.recompute_granularity == "full" else ""
+    more = cost.compute_s / (cost.compute_s - cost.recompute_s)
+    again = f" x {more:.4g} (the layers' forward pass again)" if cost.recompute_s else ""
     chunks = parallel.virtual_pipeline_model_parallel_size or 1
     pp = parallel.pipeline_model_parallel_size
     rows = [
@@ -70,7 +79,7 @@ def explanation(ranking: Ranking, config: RunConfig) -> str:
         ["total", f"stage {memory.stage}, the fullest", _gb(memory.total)],
         [
             "usable",
-            f"{device.memory_bytes / 1e9:g} GB x {USABLE_MEMORY:g}",
+            f"{device.memory_bytes / 1e9:.4g} GB x {USABLE_MEMORY:g}",
             _gb(best.limit_bytes),
         ],
         [

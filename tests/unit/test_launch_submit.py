@@ -189,12 +189,12 @@ def test_arrays(
         (
             ["--gpu", "H100", "--nodes", "2"],
             LARGE,
-            ["parameters do not fit on 2 x H100", "GB more than the 72.0 GB", "would do."],
+            ["parameters do not fit on 2 x H100", "GB more than the 77.0 GB", "would do."],
         ),
         (
             ["--gpu", "H100", "--processes-per-node", "16"],
             LARGE,
-            ["TP 1, PP 1, DP 16", "GB more than the 72.0 GB of H100", "fits: --tensor-model"],
+            ["TP 1, PP 1, DP 16", "GB more than the 77.0 GB of H100", "fits: --tensor-model"],
         ),
     ],
     ids=[

@@ -94,6 +94,13 @@ def test_the_simulation_sees_a_wrong_formula() -> None:
     assert bubble_fraction(ParallelConfig(pipeline_model_parallel_size=4), 8) == 2 * idle
 
 
+def sends(stages: int, chunks: int) -> int:
+    """Tensors the busiest stage sends for a micro batch: all but the ends send on, and back."""
+    last = stages * chunks - 1
+    places = [[chunk * stages + stage for chunk in range(chunks)] for stage in range(stages)]
+    return max(sum((place < last) + (place > 0) for place in mine) for mine in places)
+
+
 def test_traffic_by_hand() -> None:
     stream = 2 * 64 * 128 * 2
     tp2 = ParallelConfig(tensor_model_parallel_size=2)
@@ -103,8 +110,13 @@ def test_traffic_by_hand() -> None:
     assert sent.pipeline == sent.data == 0
     sp = replace(tp2, sequence_parallel=True)
     assert traffic(SHAPE, sp, WORK).tensor == sent.tensor * 10 / 8
-    pp2 = ParallelConfig(pipeline_model_parallel_size=2)
-    assert traffic(SHAPE, pp2, WORK).pipeline == 8 * 2 * stream
+    for stages, chunks in ((2, 1), (2, 2), (4, 1), (4, 2), (8, 1)):
+        pipeline = ParallelConfig(
+            pipeline_model_parallel_size=stages,
+            virtual_pipeline_model_parallel_size=chunks if chunks > 1 else None,
+        )
+        assert traffic(SHAPE, pipeline, WORK).pipeline == 8 * stream * sends(stages, chunks)
+    assert sends(2, 1) == 1
     dp2 = replace(WORK, data_parallel_size=2)
     sharded = ParallelConfig(use_distributed_optimizer=True)
     assert traffic(SHAPE, sharded, dp2).data == SHAPE.parameters * (4 + 2) / 2
@@ -118,7 +130,21 @@ def test_one_gpu_is_flops_over_peak() -> None:
     assert cost.model_flops_utilization < 0.5
     recomputed = ParallelConfig(recompute_granularity="full")
     again = step_cost(SHAPE, recomputed, WORK, H100, utilization=0.5)
-    assert again.compute_s == pytest.approx(cost.compute_s * 4 / 3)
+    # A third again of all but the readout, which Megatron does not recompute.
+    readout = 8 * 2 * 64 * 6 * 512 * 128 / 989e12 / 0.5
+    assert again.recompute_s == pytest.approx((cost.compute_s - readout) / 3)
+    assert again.compute_s == pytest.approx(cost.compute_s + again.recompute_s)
+    assert cost.recompute_s == 0
+
+
+def test_recomputation_of_tied_embeddings_leaves_out_the_readout() -> None:
+    """The readout's FLOPs are the embedding's, which has the same size."""
+    recomputed = ParallelConfig(recompute_granularity="full")
+    one, other = (
+        step_cost(shape, recomputed, WORK, H100, utilization=0.5)
+        for shape in (SHAPE, replace(SHAPE, tied_embeddings=True))
+    )
+    assert one.recompute_s == other.recompute_s > 0
 
 
 def test_overlap_hides_traffic_and_the_network_is_slower() -> None:

@@ -11,16 +11,21 @@ from pathlib import Path
 
 import pytest
 
+from megatron_completedp.config.cli import load_run
 from megatron_completedp.config.load import build_run, read_run
 from megatron_completedp.config.run import RunConfig, check_world
 from megatron_completedp.errors import ConfigError
-from megatron_completedp.plan.__main__ import main
+from megatron_completedp.plan.__main__ import PlanFlags, main
 from megatron_completedp.plan.devices import DEVICES, find_device
 from megatron_completedp.plan.ladder import ladder_text
-from megatron_completedp.plan.layouts import rank_layouts
+from megatron_completedp.plan.layouts import TIE
+from megatron_completedp.plan.ranking import rank_layouts
+from megatron_completedp.plan.report import WIDTH, ranking_text
+from megatron_completedp.plan.words import reason
 
 TARGETS = Path(__file__).parents[2] / "examples" / "targets"
-RUNS = sorted(TARGETS.glob("*.yaml"))
+#: The ladder; what is there for dry runs alone is no rung of it.
+RUNS = sorted(path for path in TARGETS.glob("*.yaml") if not path.stem.startswith("dry_run"))
 LARGE = TARGETS / "target_7200m.yaml"
 H100 = DEVICES["H100"]
 
@@ -32,10 +37,10 @@ def run(name: str) -> RunConfig:
 @pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
 @pytest.mark.parametrize("gpus", [1, 8, 64, 512])
 def test_shipped_runs_have_layouts_that_training_takes(path: Path, gpus: int) -> None:
-    """On H200s; where nothing fits or divides, the message is checked below."""
+    """On H200s, each of which holds 7.2B parameters; a batch of 64 does not divide 512 times."""
     config = build_run(read_run(path))
-    if (path.stem, gpus) in {("proxy_50m", 512), ("target_7200m", 1)}:
-        with pytest.raises(ConfigError, match=r"divides into|do not fit"):
+    if (path.stem, gpus) == ("proxy_50m", 512):
+        with pytest.raises(ConfigError, match="divides into"):
             rank_layouts(config, DEVICES["H200"], gpus=gpus)
         return
     ranking = rank_layouts(config, DEVICES["H200"], gpus=gpus)
@@ -43,20 +48,82 @@ def test_shipped_runs_have_layouts_that_training_takes(path: Path, gpus: int) ->
     assert all(not layout.fits for layout in ranking.too_large)
     for layout in ranking.fitting:
         training = replace(config.training, micro_batch_size=layout.workload.micro_batch_size)
-        changed = replace(config, parallel=layout.parallel, training=training)
-        check_world(replace(changed, evaluation=replace(config.evaluation, interval=0)), gpus)
+        check_world(replace(config, parallel=layout.parallel, training=training), gpus)
 
 
-def test_flags_reproduce_the_layout() -> None:
-    best = rank_layouts(run("target_7200m"), H100, gpus=64).best
-    from megatron_completedp.config.cli import load_run
-    from megatron_completedp.plan.__main__ import PlanFlags
+@pytest.mark.parametrize("samples", [500, 512, 0])
+def test_layouts_divide_the_evaluation(samples: int) -> None:
+    """500 divides by 4, so that at most 4 replicas can share it; without evaluations 64 may."""
+    config = run("target_7200m")
+    interval = config.evaluation.interval if samples else 0
+    evaluation = replace(config.evaluation, interval=interval, samples=samples or 500)
+    ranking = rank_layouts(replace(config, evaluation=evaluation), H100, gpus=64)
+    replicas = max(layout.workload.data_parallel_size for layout in ranking.fitting)
+    assert replicas == (4 if samples == 500 else 64)
 
-    config, _ = load_run(
-        ["--config", str(LARGE), *best.flags.split()], prog="x", description="", extra=PlanFlags
-    )
+
+def test_an_evaluation_that_nothing_divides_is_named() -> None:
+    config = run("target_7200m")
+    config = replace(config, evaluation=replace(config.evaluation, samples=7))
+    with pytest.raises(ConfigError, match=r"evaluations of 7 sequences.* 256 is the next number"):
+        rank_layouts(config, H100, gpus=512)
+    # In a blink: no search from a million downwards.
+    with pytest.raises(ConfigError, match="256 is the next number below"):
+        rank_layouts(config, H100, gpus=1_000_001)
+
+
+#: What a YAML may say of a layout that is not the recommended one.
+OTHER_LAYOUTS = [
+    [],
+    ["--tensor-model-parallel-size", "8", "--sequence-parallel"],
+    ["--pipeline-model-parallel-size", "4", "--virtual-pipeline-model-parallel-size", "2"],
+    ["--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"],
+    ["--recompute-granularity", "full"],
+]
+
+
+@pytest.mark.parametrize("other", OTHER_LAYOUTS, ids=" ".join)
+@pytest.mark.parametrize("gpus", [1, 8, 64, 512])
+def test_flags_reproduce_the_layout(gpus: int, other: list[str]) -> None:
+    name = "target_1300m"
+    best = rank_layouts(run(name), H100, gpus=gpus).best
+    given = ["--config", str(TARGETS / f"{name}.yaml"), *other, *best.flags.split()]
+    config, _ = load_run(given, prog="x", description="", extra=PlanFlags)
     assert config.parallel == best.parallel
     assert config.training.micro_batch_size == best.workload.micro_batch_size
+
+
+def test_the_reason_knows_what_makes_a_replica_fit() -> None:
+    """7.2B parameters fit on H100s only where ZeRO-1 shards masters and moments, 50M anywhere."""
+
+    def why(name: str, gpus: int) -> str:
+        return reason(rank_layouts(run(name), H100, gpus=gpus))
+
+    for gpus in (8, 64, 512):
+        assert f"sharded over {gpus} ranks" in why("target_7200m", gpus)
+        with pytest.raises(ConfigError, match="do not fit on 1 x H100"):
+            why("target_7200m", 1)
+    for gpus in (1, 8, 64):
+        assert "a whole replica fits on one GPU" in why("proxy_50m", gpus)
+
+
+def test_a_faster_layout_is_told_where_a_simpler_one_wins() -> None:
+    ranking = rank_layouts(run("target_7200m"), H100, gpus=64)
+    slower = [item for item in ranking.fitting[1:] if item.cost.step_s > ranking.best.cost.step_s]
+    faster = replace(slower[0], cost=replace(slower[0].cost, compute_s=0.0))
+    alone = replace(ranking, fitting=(ranking.best, *slower))
+    assert "less simple" not in reason(alone)
+    assert f"{TIE - 1:.0%} faster exist and are less simple" in reason(
+        replace(ranking, fitting=(ranking.best, faster))
+    )
+
+
+@pytest.mark.parametrize("gpus", [8, 512])
+def test_the_text_keeps_to_its_width(gpus: int) -> None:
+    text = ranking_text(rank_layouts(run("target_7200m"), H100, gpus=gpus))
+    assert max(map(len, text.splitlines())) <= WIDTH == 120
+    flags = text.partition("flags:\n")[2].replace("\\\n", "")
+    assert flags.split() == rank_layouts(run("target_7200m"), H100, gpus=gpus).best.flags.split()
 
 
 def test_the_command_appends_and_explains(capsys: pytest.CaptureFixture[str]) -> None:
@@ -67,7 +134,7 @@ def test_the_command_appends_and_explains(capsys: pytest.CaptureFixture[str]) ->
     text = capsys.readouterr().out
     assert text.startswith(plain)
     added = text[len(plain) :].splitlines()
-    assert max(map(len, added[:13])) <= 130
+    assert max(map(len, added[:13])) <= WIDTH
     assert any(line.startswith("recommended: ") for line in added)
     assert any(line.startswith("because: ") for line in added)
     # The parts of the explanation sum to its totals; each is printed to three or four digits.
@@ -105,7 +172,7 @@ def test_json_has_new_keys_only_when_asked(capsys: pytest.CaptureFixture[str]) -
         (["--gpus", "8", "--gpu", "H100", "--utilization", "1.5"], "at most 1"),
         (["--gpus", "8", "--gpu", "H100", "--training.precision", "fp32"], "for bf16"),
         (["--gpus", "7", "--gpu", "H100"], "4 is the next number below"),
-        (["--gpus", "1", "--gpu", "H100"], r"GB more than the 72.0 GB.*would do"),
+        (["--gpus", "1", "--gpu", "H100"], r"GB more than the 77.0 GB.*would do"),
     ],
 )
 def test_bad_requests_name_the_fix(flags: list[str], message: str) -> None:
