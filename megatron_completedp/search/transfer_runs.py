@@ -15,7 +15,7 @@ from megatron_completedp.config.recipe import Recipe, load_recipe
 from megatron_completedp.config.run import RunConfig
 from megatron_completedp.errors import ConfigError
 from megatron_completedp.plan.run_plan import Plan
-from megatron_completedp.search.heldout import on_heldout
+from megatron_completedp.search.heldout import check_seeds, on_heldout
 from megatron_completedp.search.transfer_settings import SizeSettings, TransferSettings
 from megatron_completedp.study.fit import Interval, bootstrap, mean_curve
 from megatron_completedp.study.points import as_point, numbers_hash
@@ -32,8 +32,9 @@ class TransferRuns:
     def __init__(self, settings: TransferSettings, base: RunConfig, folder: Path) -> None:
         """`folder` is that of the run folders.
 
-        Raises ConfigError for recipes of another base or model and for sizes that are none, and
-        what `Plan.of` raises: nothing is trained before every run is known to be possible.
+        Raises ConfigError for recipes of another base or model, for text or seeds that a search
+        chose by and for sizes that are none, and what `Plan.of` raises: nothing is trained before
+        every run is known to be possible.
         """
         self.settings = settings
         self.folder = folder
@@ -41,6 +42,9 @@ class TransferRuns:
         self._recipes = {
             name: _recipe(self.base, name, path) for name, path in settings.recipes.items()
         }
+        # The first run of every point of a search has the base's seed.
+        had = [base.seed, *(s for one in self._recipes.values() for s in one.provenance.seeds)]
+        check_seeds(settings.seeds, had)
         self._configs = {
             (recipe, size, duration): self._config(recipe, of, duration)
             for recipe in settings.recipes

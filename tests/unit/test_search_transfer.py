@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from megatron_completedp.config.load import load_config
-from megatron_completedp.config.recipe import Recipe, save_recipe
+from megatron_completedp.config.recipe import Provenance, Recipe, save_recipe
 from megatron_completedp.config.run import RunConfig
 from megatron_completedp.core.ratios import Ratios
 from megatron_completedp.errors import ConfigError
@@ -168,6 +168,18 @@ def test_a_split_that_a_search_chose_by_is_refused(
 ) -> None:
     with pytest.raises(ConfigError, match="heldout has runs/search/data/valid"):
         TransferRuns(replace(settings, heldout=base().data.valid), base(), tmp_path)
+
+
+def test_a_seed_that_a_search_chose_by_is_refused(
+    settings: TransferSettings, tmp_path: Path
+) -> None:
+    run = replace(base(), seed=7)
+    of = Recipe.of(run, "types", Provenance(study="types", seeds=(8, 9)))
+    save_recipe(tmp_path / "searched.yaml", of)
+    settings = replace(settings, recipes={"global": "", "recipe": str(tmp_path / "searched.yaml")})
+    TransferRuns(settings, run, tmp_path)
+    with pytest.raises(ConfigError, match="seeds has 7, 9, which trials"):
+        TransferRuns(replace(settings, seeds=(1, 7, 9)), run, tmp_path)
 
 
 @pytest.mark.parametrize(
