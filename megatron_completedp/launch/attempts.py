@@ -83,8 +83,13 @@ class Attempts:
         return self.folder / f"start_{number or len(self.all):03d}"
 
     def begin(self, job: str, nodes: Sequence[str]) -> None:
-        """Add a start and make the folder of its logs. One that was left open is lost."""
+        """Add a start and make the folder of its logs. One that was left open is lost.
+
+        The run's request for a start is met: one that dies before the run withdraws the request
+        itself must not look as if it had saved.
+        """
         self.end_lost()
+        run_folder.withdraw_requeue(self.run_dir)
         step = newest_step(self.run_dir)
         self.all.append(Attempt(job=job, nodes=tuple(nodes), began_at=time.time(), began_step=step))
         self._write()

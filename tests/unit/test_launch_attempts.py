@@ -107,7 +107,14 @@ def test_a_stop_by_a_signal_is_no_failure(config: RunConfig) -> None:
         start(config)
         run_folder.ask_for_requeue(Path(config.run_dir), "stopped")
         assert end(config).word == "requeue"
-        run_folder.withdraw_requeue(Path(config.run_dir))
+
+
+def test_a_start_that_dies_before_it_trains_has_not_saved(config: RunConfig) -> None:
+    """The request of the start before it must not count as its own, or it would go on for ever."""
+    start(config)
+    run_folder.ask_for_requeue(Path(config.run_dir), "stopped")
+    assert end(config).word == "requeue"
+    assert [fail(config, rank=0).word for _ in range(TRIES)] == ["requeue", "requeue", "stop"]
 
 
 @pytest.mark.parametrize("asked", [True, False])
