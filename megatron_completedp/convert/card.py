@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from megatron_completedp.config.run import RunConfig
 from megatron_completedp.convert.mapping import architecture_for
 from megatron_completedp.convert.source import Source
 from megatron_completedp.convert.verify import Verification
+from megatron_completedp.core.render import markdown_table
 from megatron_completedp.data.jsonl import read_whole_rows
 from megatron_completedp.data.manifest import load_manifest, manifest_path
 from megatron_completedp.errors import DataError
@@ -84,10 +85,15 @@ def _loss_table(rows: Sequence[dict[str, Any]]) -> str:
     valid = {row["step"]: f"{row['loss']:.4f}" for row in rows if row["kind"] == "eval"}
     stride = -(-len(trained) // _MAX_ROWS)
     chosen = trained[::-1][::stride][::-1]  # the last one always
-    return "Losses in nats per token.\n\n" + _table(
+    return "Losses in nats per token.\n\n" + markdown_table(
         ("step", "tokens", "training loss", "validation loss"),
         (
-            (row["step"], f"{row['tokens']:,}", f"{row['loss']:.4f}", valid.get(row["step"], ""))
+            (
+                str(row["step"]),
+                f"{row['tokens']:,}",
+                f"{row['loss']:.4f}",
+                valid.get(row["step"], ""),
+            )
             for row in chosen
         ),
     )
@@ -130,12 +136,7 @@ def _data_table(config: RunConfig) -> str:
             )
         )
     header = ("pair", "documents", "tokens", "bytes of text", "SHA-256 of .bin", "of its tokenizer")
-    text = _table(header, rows) if rows else ""
+    text = markdown_table(header, rows) if rows else ""
     if absent:
         text += f"\n\nWithout a manifest ({manifest_path(Path('PREFIX'))}): {', '.join(absent)}."
     return text.strip() or "The run names no training data."
-
-
-def _table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)

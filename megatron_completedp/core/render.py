@@ -46,17 +46,21 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
-def text_table(header: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
-    """Aligned columns: the first `left` of them flush left, the others flush right."""
-    lines = [list(header), *(list(row) for row in rows)]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if column < left else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    )
+def text_table(header: Sequence[str], rows: Iterable[Sequence[str]], left: int | None = 1) -> str:
+    """Aligned columns: the first `left` of them flush left, the others flush right.
+
+    With `left` None the columns of numbers are flush right, the others left.
+    """
+    columns = []
+    for index, column in enumerate(zip(header, *rows, strict=True)):
+        width = max(map(len, column))
+        words = index < left if left is not None else not all(map(_is_number, column[1:]))
+        columns.append([cell.ljust(width) if words else cell.rjust(width) for cell in column])
+    return "\n".join("  ".join(line).rstrip() for line in zip(*columns, strict=True))
+
+
+def _is_number(cell: str) -> bool:
+    return cell.replace(",", "").replace(".", "").isdigit()
 
 
 def rules_markdown(rules: Rules) -> str:

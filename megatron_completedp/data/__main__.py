@@ -10,11 +10,11 @@ from typing import Any
 import tyro
 
 from megatron_completedp.config.cli import run_command
+from megatron_completedp.core.render import text_table
 from megatron_completedp.data import preprocess
 from megatron_completedp.data.quick import QuickSettings
 from megatron_completedp.data.quick import quick as fill_folder
 from megatron_completedp.data.readers import read_texts
-from megatron_completedp.data.report import format_table
 from megatron_completedp.data.sample_corpus import write_sample_corpus
 from megatron_completedp.data.sources import Source, find_files
 from megatron_completedp.data.tokenizer import train_sentencepiece
@@ -50,7 +50,7 @@ def sample(
         (name, f"{split.documents:,}", f"{split.text_bytes / 1e6:.2f}")
         for name, split in splits.items()
     ]
-    print(format_table(("split", "documents", "MB"), rows))
+    print(text_table(("split", "documents", "MB"), rows, left=None))
 
 
 def tokenizer(
@@ -100,7 +100,7 @@ def quick(
         )
         for name, item in fill_folder(out, settings).items()
     ]
-    print(format_table(header, rows))
+    print(text_table(header, rows, left=None))
 
 
 COMMANDS: dict[str, Callable[..., Any]] = {

@@ -20,12 +20,13 @@ from pathlib import Path
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from megatron_completedp.config.cli import read_arguments
+from megatron_completedp.core.render import text_table
 from megatron_completedp.data.encoder import Encoder
 from megatron_completedp.data.folder import claim_folder
 from megatron_completedp.data.manifest import ShardManifest
 from megatron_completedp.data.merge import merge_pairs
 from megatron_completedp.data.mixture import Pair, blend_weights, subset_weights, write_blend
-from megatron_completedp.data.report import ProgressBar, expected_bytes, format_table, summary_table
+from megatron_completedp.data.report import ProgressBar, expected_bytes, summary_table
 from megatron_completedp.data.restart import Finished, ShardOrder, stored_bytes
 from megatron_completedp.data.settings import PreprocessConfig, build_preprocess
 from megatron_completedp.data.show import show_documents
@@ -102,7 +103,7 @@ def plan_text(config: PreprocessConfig) -> str:
     subset_weights(config, {file.subset for file, _ in sizes})
     rows = [(file.key, file.subset, str(file.format), f"{size / 1e6:,.2f}") for file, size in sizes]
     return (
-        f"{format_table(('shard', 'subset', 'format', 'stored MB'), rows)}\n"
+        f"{text_table(('shard', 'subset', 'format', 'stored MB'), rows, left=None)}\n"
         f"{len(sizes):,} shards of {sum(size for _, size in sizes) / 1e6:,.2f} MB stored, to "
         f"{config.out}, with {config.processes} workers"
     )

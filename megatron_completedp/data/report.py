@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from tqdm import tqdm
 
+from megatron_completedp.core.render import text_table
 from megatron_completedp.data.manifest import ShardManifest
 
 
@@ -71,7 +72,7 @@ def summary_table(shards: Iterable[tuple[str, ShardManifest]]) -> str:
     if len(rows) > 1:
         rows.append(_row("total", [item for items in by_subset.values() for item in items]))
     header = ("subset", "shards", "documents", "text MB", "tokens", "tokens/byte", "engine")
-    return format_table((*header, "rows left out"), rows)
+    return text_table((*header, "rows left out"), rows, left=None)
 
 
 def _row(name: str, manifests: Sequence[ShardManifest]) -> tuple[str, ...]:
@@ -88,15 +89,3 @@ def _row(name: str, manifests: Sequence[ShardManifest]) -> tuple[str, ...]:
         ", ".join(sorted({item.engine for item in manifests})),
         ", ".join(f"{count:,} {reason}" for reason, count in sorted(skipped.items())) or "none",
     )
-
-
-def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Aligned columns; a column of numbers stands to the right, with its head."""
-    columns = []
-    for head, *cells in zip(header, *rows, strict=True):
-        width = max(map(len, (head, *cells)))
-        numbers = all(cell.replace(",", "").replace(".", "").isdigit() for cell in cells)
-        columns.append(
-            [f"{cell:>{width}}" if numbers else f"{cell:<{width}}" for cell in (head, *cells)]
-        )
-    return "\n".join("  ".join(line).rstrip() for line in zip(*columns, strict=True))

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_completedp.config.run import RunConfig
+from megatron_completedp.core.render import text_table
 from megatron_completedp.data.indexed import check_pair
 from megatron_completedp.data.manifest import manifest_path, verify_shard
-from megatron_completedp.data.report import format_table
 from megatron_completedp.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_completedp.errors import ConfigError, DataError
 
@@ -68,7 +68,9 @@ def describe_blend(
     return (
         f"{sum(tokens):,} training tokens on disk; the run reads {train_tokens:,}, "
         f"{train_tokens / sum(tokens):.2f} times that\n"
-        + format_table(("tokens", "of all", "of the run", "epochs", "pair"), rows[:MAX_ROWS])
+        + text_table(
+            ("tokens", "of all", "of the run", "epochs", "pair"), rows[:MAX_ROWS], left=None
+        )
         + more
     )
 

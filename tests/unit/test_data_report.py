@@ -7,11 +7,13 @@ import sys
 
 import pytest
 
-from megatron_completedp.data.report import ProgressBar, expected_bytes, format_table
+from megatron_completedp.core.render import text_table
+from megatron_completedp.data.report import ProgressBar, expected_bytes
 
 
 def test_columns_of_numbers_stand_to_the_right() -> None:
-    table = format_table(("name", "count", "note"), [("a", "1,234.5", "x"), ("long", "7", "3 y")])
+    rows = [("a", "1,234.5", "x"), ("long", "7", "3 y")]
+    table = text_table(("name", "count", "note"), rows, left=None)
     assert table.splitlines() == ["name    count  note", "a     1,234.5  x", "long        7  3 y"]
 
 
