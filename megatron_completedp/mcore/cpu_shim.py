@@ -3,7 +3,8 @@
 Megatron-Core assumes CUDA in three ways, and each gets one kind of replacement, made once at
 start-up and never on the hot path:
 
-1. entry points of torch.cuda (and Tensor.cuda) that it calls unconditionally;
+1. entry points of torch.cuda (and Tensor.cuda) that it calls unconditionally, and the kernels of
+   Transformer Engine and Apex where they are installed;
 2. the two functions by which its random tracker reads and writes the device's generator;
 3. the literals "cuda" and "torch.cuda.*Tensor" inside some of its functions, as device arguments
    and as dtype names. No device-redirecting mode can reach the latter, so the constants are
@@ -45,6 +46,13 @@ _MODULES = {
     "megatron.core.dist_checkpointing.strategies.state_dict_saver": "a cached save plan",
 }
 
+#: What Megatron takes from Transformer Engine or Apex, and its own replacement of each.
+_LOCAL_NORMS = {
+    "multi_tensor_applier": "local_multi_tensor_applier",
+    "l2_norm_impl": "local_multi_tensor_l2_norm",
+    "multi_tensor_scale_impl": "local_multi_tensor_scale",
+}
+
 _installed = False
 
 
@@ -59,6 +67,7 @@ def install() -> None:
         return
     _replace_cuda_entry_points()
     _replace_rng_access()
+    _use_local_norms()
     for name, purpose in _MODULES.items():
         if _retarget_module(name) == 0:
             raise CompletedPError(
@@ -106,6 +115,16 @@ def _replace_rng_access() -> None:
     logging.getLogger(random.__name__).addFilter(
         lambda record: "CPU RNG state changed within GPU RNG context" not in record.getMessage()
     )
+
+
+def _use_local_norms() -> None:
+    """Sum up gradients with torch where Transformer Engine or Apex is there: theirs need CUDA."""
+    utils = importlib.import_module("megatron.core.utils")
+    for name in ("megatron.core.optimizer.optimizer", "megatron.core.optimizer.clip_grads"):
+        module = importlib.import_module(name)
+        for theirs, local in _LOCAL_NORMS.items():
+            if hasattr(module, theirs):
+                setattr(module, theirs, getattr(utils, local))
 
 
 def _retarget_module(name: str) -> int:

@@ -27,9 +27,9 @@ from torch import Tensor
 from megatron_completedp.core.hyperparams import ResidualMultiplier
 from megatron_completedp.errors import ConfigError
 from megatron_completedp.mcore.attention import SdpaAttention
+from megatron_completedp.mcore.kernel_packages import probe_transformer_engine
 from megatron_completedp.mcore.norm import RMSNorm
 from megatron_completedp.mcore.platform import Platform
-from megatron_completedp.mcore.transformer_engine import probe
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ _Add = Callable[[tuple[Tensor, Tensor | None], Tensor, float], Tensor]
 
 def use_transformer_engine(platform: Platform) -> bool:
     """Whether layers come from Transformer Engine; logs which variant was chosen and why."""
-    status = probe()
+    status = probe_transformer_engine()
     chosen = status.usable and platform.name == "cuda"
     reason = status.reason
     if status.usable and not chosen:

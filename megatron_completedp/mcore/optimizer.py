@@ -7,6 +7,7 @@ element trains with which numbers is in the inner optimizer's table, built here 
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator, Sequence
 
@@ -18,6 +19,7 @@ from megatron.core.optimizer import (
     Float16OptimizerWithFloat16Params,
     MegatronOptimizer,
     OptimizerConfig,
+    clip_grads,
     get_megatron_optimizer,
 )
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
@@ -27,8 +29,11 @@ from megatron_completedp.core.schedule import Schedule
 from megatron_completedp.errors import CheckpointError
 from megatron_completedp.mcore.classify import ClassifiedParameter
 from megatron_completedp.mcore.groups import HyperparamGroup
+from megatron_completedp.mcore.kernel_packages import probe_apex, probe_transformer_engine
 from megatron_completedp.optim.per_module import PerModuleAdamW
 from megatron_completedp.optim.segments import AdamWValues, Segment, segments_of_shard
+
+logger = logging.getLogger(__name__)
 
 _SCHEDULE_STYLES = {"cosine": "cosine", "linear": "linear", "wsd": "WSD", "constant": "constant"}
 
@@ -44,6 +49,7 @@ def build_optimizer(
 ) -> MegatronOptimizer:
     """Megatron's optimizer over DDP-wrapped `chunks`, every element with its module's values."""
     _use_per_module_adamw()
+    logger.info("Gradient norm: %s.", norm_kernels())
     config = OptimizerConfig(
         optimizer="adam",
         # The group's learning rate is the schedule's fraction of each segment's own peak.
@@ -100,6 +106,19 @@ def gradient_norm(optimizer: MegatronOptimizer) -> float:
     """
     optimizer.prepare_grads()
     return float(optimizer.get_grad_norm())
+
+
+def norm_kernels() -> str:
+    """Whose kernels sum up the gradients, and why; Megatron chose them when it was imported."""
+    owner = str(clip_grads.l2_norm_impl.__module__).partition(".")[0]
+    if owner == "transformer_engine":
+        return f"Transformer Engine's kernels, because {probe_transformer_engine().reason}"
+    if owner == "amp_C":
+        return f"Apex's kernels, because {probe_apex().reason}"
+    packages = (probe_transformer_engine(), probe_apex())
+    if any(package.usable for package in packages):
+        return "torch's operations, because the kernels of Transformer Engine and Apex need CUDA"
+    return f"torch's operations, because {' and '.join(package.reason for package in packages)}"
 
 
 def apply_update(optimizer: MegatronOptimizer, *, norm: float, clip_grad: float) -> None:

@@ -26,7 +26,7 @@ def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         check=False,
     )
 
@@ -118,3 +118,74 @@ print(use_transformer_engine(CpuPlatform()))
     assert guarded.stdout.strip() == "False"
     assert "Layers: local" in guarded.stderr
     assert "compiled part is missing" in guarded.stderr
+    assert "install transformer-engine[pytorch]" in guarded.stderr
+
+
+#: A web toolkit's apex, one that today's Python cannot parse, and NVIDIA's without its extensions.
+UNUSABLE_APEX = {
+    "toolkit": ({"apex/__init__.py": "app = object()\n"}, "PyPI's apex is a web toolkit"),
+    "outdated": ({"apex/__init__.py": "print 'hello'\n"}, "PyPI's apex is a web toolkit"),
+    "uncompiled": (
+        {
+            "apex/__init__.py": "",
+            "apex/multi_tensor_apply/__init__.py": "multi_tensor_applier = None\n",
+        },
+        "without its CUDA extensions",
+    ),
+}
+USABLE_APEX = UNUSABLE_APEX["uncompiled"][0] | {
+    "apex/optimizers/__init__.py": "FusedAdam = FusedSGD = None\n",
+    "amp_C.py": """
+def multi_tensor_l2norm(*_):
+    raise RuntimeError("needs CUDA")
+
+multi_tensor_scale = multi_tensor_l2norm
+""",
+}
+ASK_APEX = """
+import megatron_completedp.mcore
+import megatron.core.models.gpt.gpt_layer_specs as specs
+from megatron_completedp.mcore.kernel_packages import probe_apex
+from megatron_completedp.mcore.optimizer import norm_kernels
+from megatron_completedp.mcore.platform import CpuPlatform
+print(specs.HAVE_APEX, probe_apex().usable)
+print(norm_kernels())
+CpuPlatform().install()
+print(norm_kernels())
+"""
+
+
+def with_files(folder: Path, files: dict[str, str]) -> str:
+    """A search path on which `files` come first."""
+    for name, text in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return f"{folder}{os.pathsep}{ROOT}"
+
+
+@pytest.mark.parametrize("kind", UNUSABLE_APEX)
+def test_an_unusable_apex_is_hidden_and_explained(kind: str, tmp_path: Path) -> None:
+    files, reason = UNUSABLE_APEX[kind]
+    found = run_python(ASK_APEX, PYTHONPATH=with_files(tmp_path, files))
+    assert found.returncode == 0, found.stderr
+    have, chosen, _ = found.stdout.splitlines()
+    assert have == "False False"
+    assert chosen.startswith("torch's operations, because Transformer Engine is not installed and ")
+    assert reason in chosen
+
+
+def test_an_apex_that_megatron_would_choke_on_does_so_without_us(tmp_path: Path) -> None:
+    """Negative control: hiding is what makes the import work."""
+    path = with_files(tmp_path, UNUSABLE_APEX["outdated"][0])
+    bare = run_python("import megatron.core.optimizer", PYTHONPATH=path)
+    assert "SyntaxError" in bare.stderr
+
+
+def test_nvidia_s_apex_is_used_but_not_on_cpu(tmp_path: Path) -> None:
+    found = run_python(ASK_APEX, PYTHONPATH=with_files(tmp_path, USABLE_APEX))
+    assert found.returncode == 0, found.stderr
+    have, chosen, on_cpu = found.stdout.splitlines()
+    assert have == "True True"
+    assert chosen == "Apex's kernels, because Apex and its CUDA extensions can be imported"
+    assert on_cpu.startswith("torch's operations, because the kernels of")
