@@ -25,7 +25,6 @@ def main() -> None:
     """Train and print losses."""
     parser = arguments(__doc__)
     parser.add_argument("--stage", type=int, default=2, choices=[1, 2, 3], help="of ZeRO")
-    parser.add_argument("--local_rank", type=int, help="given by the deepspeed launcher; not used")
     options = parser.parse_args()
     deepspeed.init_distributed()
     plan = load_plan(options.config)
