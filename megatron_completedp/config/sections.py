@@ -42,7 +42,7 @@ class TrainingConfig:
     train_steps: int | None = None
     """Optimizer steps over the whole run; beside train_tokens it must agree with it."""
     start_from: str | None = None
-    """Checkpoint whose weights replace the initial ones; optimizer and step start fresh."""
+    """Checkpoint, or run folder, whose weights replace the initial ones; the rest starts fresh."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Of weights and activations; bf16 keeps fp32 gradients and master weights."""
     clip_grad: float = 1.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -37,7 +38,7 @@ def to_hf(
     no_verify: bool = False,
     text: str | None = None,
     samples: int = 4,
-    tolerance: float | None = None,
+    tolerance: float = 1e-5,
 ) -> int:
     """Write a checkpoint as a Hugging Face model, and prove that it is the same model.
 
@@ -50,13 +51,16 @@ def to_hf(
         max_shard_gb: Largest safetensors file, in 10^9 bytes; one tensor at least.
         tokenizer: Tokenizer file; none means the one in the run's config.
         no_verify: Leave out the proof, which needs memory for both models in fp32.
-        text: File or folder of held-out text (.txt, .jsonl); none means the run's validation data.
+        text: Held-out text: a .txt or .jsonl, or a folder of them; none means the validation data.
         samples: Sequences of the model's length to compare the models on.
-        tolerance: Largest difference of logits, in units of the largest; none means by dtype.
+        tolerance: Largest difference of logits, in units of the largest where that is above 1.
     """
     import torch
 
     from megatron_completedp.convert import export
+
+    if not 0 < max_shard_gb < math.inf:
+        raise ConversionError(f"--max-shard-gb is {max_shard_gb}; expected a number above 0.")
 
     dtypes = {"same": None, "fp32": torch.float32, "bf16": torch.bfloat16}
     with _single_process():
@@ -104,7 +108,7 @@ def verify(
     tokenizer: str | None = None,
     text: str | None = None,
     samples: int = 4,
-    tolerance: float | None = None,
+    tolerance: float = 1e-5,
 ) -> int:
     """Compare a Hugging Face model with the checkpoint it was made from; exit code 1: they differ.
 
@@ -114,9 +118,9 @@ def verify(
         checkpoint: A run folder (its newest checkpoint), or a folder step_<n>.
         hf: Folder of the model.
         tokenizer: Tokenizer file; none means the one in the run's config.
-        text: File or folder of held-out text (.txt, .jsonl); none means the run's validation data.
+        text: Held-out text: a .txt or .jsonl, or a folder of them; none means the validation data.
         samples: Sequences of the model's length to compare the models on.
-        tolerance: Largest difference of logits, in units of the largest; none means by dtype.
+        tolerance: Largest difference of logits, in units of the largest where that is above 1.
     """
     from megatron_completedp.convert import export
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from megatron_completedp.convert.hf_config import write_config
 from megatron_completedp.convert.mapping import MEGATRON_NAMES
 from megatron_completedp.convert.source import open_source
 from megatron_completedp.convert.tokenizer_files import write_tokenizer
-from megatron_completedp.convert.verify import Verification, verify
+from megatron_completedp.convert.verify import TOLERANCE, Verification, verify
 from megatron_completedp.core.roles import Module
 from megatron_completedp.errors import ConversionError
 from megatron_completedp.mcore.weights import WeightReader
@@ -34,8 +35,8 @@ class Proof:
     """File or folder of held-out text; none means the run's validation data."""
     samples: int = 4
     """Sequences of the model's length."""
-    tolerance: float | None = None
-    """Of logits; none means by the dtype of the export."""
+    tolerance: float = TOLERANCE
+    """Largest difference of logits, in units of the largest where that is above 1."""
 
 
 def to_hf(
@@ -90,7 +91,7 @@ def to_hf(
                 )
             text = json.dumps(verification.as_json(), indent=1) + "\n"
             (folder / VERIFICATION_FILE).write_text(text, encoding="utf-8")
-        write_card(folder, source, verification, name=out.name)
+        write_card(folder, source, verification, name=Path(os.path.abspath(out)).name)
     return verification
 
 

@@ -21,6 +21,7 @@ def whole_folder(target: Path) -> Iterator[Path]:
     (`<target>.unfinished-...`). Raises ConversionError when `target` exists and is not empty, and
     when the files cannot be written.
     """
+    target = Path(os.path.abspath(target))  # "." has no name of its own
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise ConversionError(
             f"{target} exists and is not an empty folder; nothing is overwritten. Choose another "

@@ -78,10 +78,12 @@ def megatron_weights(
 ) -> dict[str, Tensor]:
     """Whole Megatron tensors of a model whose multipliers are 1, filled from Hugging Face's.
 
-    `allocate` makes room for one; its content is overwritten. Padded vocabulary rows are 0: they
-    are nobody's token and get no gradient but that of the softmax.
+    `allocate` makes room for one; its content is overwritten. Padded vocabulary rows, which count
+    in the softmax of training, are the mean of the real ones: as exp is convex, n of them beside V
+    tokens raise no loss by more than ln(1 + n/V), where rows of 0 would raise it by ln(1 + n/Z).
 
-    Raises ConversionError, naming them, when tensors are missing, unknown or of another shape.
+    Raises ConversionError, naming them, when tensors are missing, unknown, of another shape, or of
+    several dtypes where Megatron has one tensor.
     """
     wanted = list(entries(shape, ForwardMultipliers.ones(shape.num_layers)))
     _check_tensors(reader, shape, wanted)
@@ -95,7 +97,17 @@ def megatron_weights(
             part = content[start : start + rows.stop - rows.start]
             weights[spec.name][rows.start : rows.start + len(part)] = part
             start += len(part)
+    _pad_vocabulary(weights, shape)
     return weights
+
+
+def _pad_vocabulary(weights: dict[str, Tensor], shape: ModelShape) -> None:
+    """Fill the rows of the softmax that are no token's with the mean of the others."""
+    readout = Module.EMBEDDING if shape.tied_embeddings else Module.UNEMBEDDING
+    table = weights[MEGATRON_NAMES[readout]]
+    tokens = table[: shape.vocab_size]
+    mean = sum(part.sum(0, dtype=torch.float32) for part in tokens.split(_ROWS)) / len(tokens)
+    table[shape.vocab_size :] = mean
 
 
 def _rows_of(
@@ -155,9 +167,27 @@ def _check_tensors(reader: SafetensorsReader, shape: ModelShape, wanted: list[Te
         expected = _hf_shape(entry.module, shape)
         if spec is not None and spec.shape != expected:
             problems.append(f"{entry.hf_name} has shape {spec.shape}, expected {expected}")
+    problems += _mixed_dtypes(reader, wanted)
     if problems:
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise ConversionError(
-            f"{reader.folder}: {'; '.join(problems[:5])}{more}. The weights do not fit "
+            f"{reader.folder}: {'; '.join(problems[:5])}{more}. The weights are not those of "
             "config.json; copy the model again, or correct the config."
         )
+
+
+def _mixed_dtypes(reader: SafetensorsReader, wanted: list[TensorEntry]) -> list[str]:
+    """What cannot be one Megatron tensor without rounding."""
+    first: dict[str, TensorSpec] = {}
+    problems = []
+    for entry in wanted:
+        spec = reader.specs.get(entry.hf_name)
+        if spec is None:
+            continue
+        other = first.setdefault(entry.megatron_name, spec)
+        if spec.dtype != other.dtype:
+            problems.append(
+                f"{spec.name} is {spec.dtype} and {other.name} {other.dtype}, which one Megatron "
+                "weight holds together"
+            )
+    return problems

@@ -64,7 +64,10 @@ def write_shards(
             part = room[start : start + spec.bytes].view(spec.dtype).view(spec.shape)
             content[spec.name] = part.copy_(next(tensors))
             start += spec.bytes
-        save_file(content, folder / name, metadata={"format": "pt"})
+        try:
+            save_file(content, folder / name, metadata={"format": "pt"})
+        except SafetensorError as error:  # a full disk, too
+            raise OSError(str(error)) from error
     if len(shards) > 1:
         every = [spec for specs in shards.values() for spec in specs]
         index = {

@@ -11,11 +11,16 @@ from megatron_completedp.config.run import RunConfig
 from megatron_completedp.convert.mapping import ForwardMultipliers
 from megatron_completedp.core.hyperparams import ResidualMultiplier
 from megatron_completedp.core.shape import ModelShape
+from megatron_completedp.data.manifest import load_manifest
 from megatron_completedp.data.tokenizer import Tokenizer, load_tokenizer
-from megatron_completedp.errors import CheckpointError, ConversionError
-from megatron_completedp.mcore.checkpoint_info import CONFIG_FILE, TABLE_FILE, read_table
+from megatron_completedp.errors import CheckpointError, ConversionError, DataError
+from megatron_completedp.mcore.checkpoint_info import (
+    CONFIG_FILE,
+    TABLE_FILE,
+    find_checkpoint,
+    read_table,
+)
 from megatron_completedp.mcore.manifest import verify
-from megatron_completedp.mcore.store import list_checkpoints
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +41,8 @@ class Source:
     def tokenizer(self, given: str | None) -> Tokenizer:
         """The tokenizer in the file `given`, or else the one the run was trained with.
 
-        Raises ConversionError when there is none, or when it has ids beyond the embedding.
+        Raises ConversionError when there is none, when it has ids beyond the embedding, and when a
+        manifest of the run's training data says that another tokenizer made it.
         """
         path = given or (self.config.data.tokenizer if self.config else None)
         if path is None:
@@ -49,7 +55,22 @@ class Source:
                 f"tokenizer {path} has {tokenizer.vocab_size} ids, but the model's vocab_size is "
                 f"{self.shape.vocab_size}. Give the one it was trained with by --tokenizer."
             )
+        self._check_trained_with(tokenizer)
         return tokenizer
+
+    def _check_trained_with(self, tokenizer: Tokenizer) -> None:
+        """Hold `tokenizer` to the training data, as far as its manifests are still there."""
+        for prefix in self.config.data.train if self.config else ():
+            try:
+                manifest = load_manifest(Path(prefix))
+            except DataError:
+                continue
+            if manifest.tokenizer_sha256 != tokenizer.sha256:
+                raise ConversionError(
+                    f"tokenizer {tokenizer.path} has sha256 {tokenizer.sha256}, but {prefix}, "
+                    f"which the model was trained on, was made with {manifest.tokenizer_sha256}. "
+                    "The same ids mean other text; give the file it was made with by --tokenizer."
+                )
 
 
 def open_source(path: Path) -> Source:
@@ -58,7 +79,7 @@ def open_source(path: Path) -> Source:
     Reads every byte, to hold the files to their manifest. Raises CheckpointError when one is
     missing or damaged.
     """
-    checkpoint = _find_checkpoint(path)
+    checkpoint = find_checkpoint(path)
     verify(checkpoint)
     try:
         tree = read_yaml(checkpoint / CONFIG_FILE)
@@ -76,15 +97,3 @@ def open_source(path: Path) -> Source:
     # What came from Hugging Face has a model section and nothing else.
     config = build(RunConfig, tree) if tree.keys() != {"model"} else None
     return Source(checkpoint=checkpoint, shape=shape, multipliers=multipliers, config=config)
-
-
-def _find_checkpoint(path: Path) -> Path:
-    if (path / TABLE_FILE).is_file():
-        return path
-    found = list_checkpoints(path / "checkpoints") or list_checkpoints(path)
-    if not found:
-        raise CheckpointError(
-            f"{path} holds no checkpoint; expected the folder of a run, or one step_<n> of its "
-            "checkpoints."
-        )
-    return found[-1]

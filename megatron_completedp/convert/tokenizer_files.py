@@ -1,7 +1,8 @@
 """The tokenizer as files that `AutoTokenizer` loads: tokenizer.json and tokenizer_config.json.
 
-A tokenizer.json is copied. A SentencePiece model is rebuilt in the library `tokenizers`, which
-transformers runs, and lies beside it as tokenizer.model.
+A tokenizer.json is copied without its post-processor: that puts tokens around a text, and training
+put none there but the end of a document. A SentencePiece model is rebuilt in the library
+`tokenizers`, which transformers runs, and lies beside it as tokenizer.model.
 """
 
 from __future__ import annotations
@@ -38,10 +39,12 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, *, seq_length: int) -> N
         # A control token spelt in a text is text to SentencePiece.
         config["split_special_tokens"] = True
     else:
-        rebuilt = tokenizers.Tokenizer.from_str(tokenizer.content.decode())
-        rebuilt.no_truncation()
-        rebuilt.no_padding()
-        rebuilt.save(str(folder / "tokenizer.json"))
+        # As text: the library changes the last digit of some scores when it reads and saves them.
+        tree = json.loads(tokenizer.content)
+        tree |= {"post_processor": None, "truncation": None, "padding": None}
+        content = json.dumps(tree, ensure_ascii=False)
+        (folder / "tokenizer.json").write_text(content, encoding="utf-8")
+        rebuilt = tokenizers.Tokenizer.from_str(content)
     eod = rebuilt.id_to_token(tokenizer.eod)
     config |= {"eos_token": eod, "bos_token": eod, "unk_token": _unknown_token(rebuilt)}
     text = json.dumps(config, indent=2) + "\n"

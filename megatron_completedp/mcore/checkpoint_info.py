@@ -20,6 +20,7 @@ import megatron_completedp
 from megatron_completedp.config.load import to_yaml
 from megatron_completedp.errors import CheckpointError
 from megatron_completedp.mcore.engine import Engine
+from megatron_completedp.mcore.store import list_checkpoints
 
 INFO_FILE = "run.json"
 TABLE_FILE = "hyperparams.json"
@@ -50,6 +51,22 @@ class CheckpointInfo:
     python: str
     torch: str
     megatron_core: str
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The checkpoint `path`, or the newest one of the run folder or checkpoint folder `path`.
+
+    Raises CheckpointError when there is none.
+    """
+    if (path / TABLE_FILE).is_file():
+        return path
+    found = list_checkpoints(path / "checkpoints") or list_checkpoints(path)
+    if not found:
+        raise CheckpointError(
+            f"{path} holds no checkpoint; expected the folder of a run, one step_<n> of its "
+            "checkpoints, or a folder made by tools/convert_checkpoint.py from-hf."
+        )
+    return found[-1]
 
 
 def read_table(path: Path) -> dict[str, Any]:

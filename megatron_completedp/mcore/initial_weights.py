@@ -4,27 +4,27 @@ from __future__ import annotations
 
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
 
 from megatron_completedp.config.load import build, read_yaml
 from megatron_completedp.core.shape import ModelShape
 from megatron_completedp.errors import CheckpointError
 from megatron_completedp.mcore.checkpoint import shared_problem
-from megatron_completedp.mcore.checkpoint_info import CONFIG_FILE, read_table
+from megatron_completedp.mcore.checkpoint_info import CONFIG_FILE, find_checkpoint, read_table
 from megatron_completedp.mcore.engine import Engine
 from megatron_completedp.mcore.weights import load_model_weights
 
 
 def load_initial_weights(engine: Engine, path: Path) -> None:
-    """Put the weights of the checkpoint at `path` into `engine`, masters too. All ranks call it.
+    """Put the weights of a checkpoint into `engine`, masters too. All ranks call it.
 
-    Raises CheckpointError when the checkpoint is not whole, and when the run would not compute what
-    these weights were trained for: another shape, other multipliers in the forward pass.
+    `path` is the checkpoint, or a run folder, whose newest one is meant. Raises CheckpointError
+    when it is not whole, and when the run would not compute what these weights were trained for:
+    another shape, other multipliers in the forward pass.
     """
-    if not path.is_dir():
-        raise CheckpointError(
-            f"training.start_from is {path}, which is no folder; expected a checkpoint step_<n>, "
-            "or one made by tools/convert_checkpoint.py from-hf."
-        )
+    path = _shared_checkpoint(path)
     problem = shared_problem(path)
     if problem is not None:
         raise CheckpointError(f"training.start_from is {path}, which is not whole: {problem}")
@@ -32,6 +32,21 @@ def load_initial_weights(engine: Engine, path: Path) -> None:
     _check_multipliers(engine, path)
     load_model_weights(engine.chunks, path)
     engine.optimizer.reload_model_params()
+
+
+def _shared_checkpoint(path: Path) -> Path:
+    """What rank 0 finds at `path`: where a run still saves, ranks might find different ones."""
+    found: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            found[0] = find_checkpoint(path)
+        except CheckpointError as error:
+            found[1] = str(error)
+    dist.broadcast_object_list(found, src=0)
+    checkpoint, problem = found
+    if checkpoint is None:
+        raise CheckpointError(f"training.start_from: {problem}")
+    return Path(checkpoint)
 
 
 def _check_shape(shape: ModelShape, path: Path) -> None:

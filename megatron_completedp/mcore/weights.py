@@ -100,10 +100,13 @@ def save_weights(folder: Path, weights: Mapping[str, Tensor], num_layers: int) -
         state[name] = ShardedTensor.from_rank_offsets(
             key, weight, *offsets, prepend_axis_num=len(offsets)
         )
-    request = plan_request(state, folder, content_metadata=_METADATA, forked=False)
-    write_here(request)
-    for finalize in request.finalize_fns:
-        finalize()
+    try:
+        request = plan_request(state, folder, content_metadata=_METADATA, forked=False)
+        write_here(request)
+        for finalize in request.finalize_fns:
+            finalize()
+    except CheckpointException as error:  # what the writers met, a full disk above all
+        raise OSError(_reason(error)) from error
     write_manifest(folder, collect_digests(folder))
 
 
@@ -126,17 +129,20 @@ def load_model_weights(chunks: Sequence[nn.Module], path: Path) -> None:
     try:
         state = dist_checkpointing.load(wanted, str(path))
     except (CheckpointingException, CheckpointException, KeyError, RuntimeError) as error:
-        # torch puts the traceback of every rank before what happened.
-        reason = str(error).strip().splitlines()[-1]
         raise CheckpointError(
-            f"{path} does not hold the weights of this model ({reason}). Give the model the shape "
-            "that its config.yaml has."
+            f"{path} does not hold the weights of this model ({_reason(error)}). Give the model "
+            "the shape that its config.yaml has."
         ) from error
     for index, model in enumerate(models):
         found = model.load_state_dict(state[str(index)], strict=False)
         lost = [name for name in found.missing_keys if not name.endswith(_NO_WEIGHT)]
         assert not lost, lost
         assert not found.unexpected_keys, found.unexpected_keys
+
+
+def _reason(error: BaseException) -> str:
+    """What happened, without the traceback of every rank that torch puts before it."""
+    return str(error).strip().splitlines()[-1]
 
 
 def _stacked(name: str) -> tuple[str, int | None]:

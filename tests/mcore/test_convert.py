@@ -158,7 +158,8 @@ def test_bf16_export_of_fp32_rounds_once(text: Path, tmp_path: Path) -> None:
     config = convert_config(text)
     run = train(config, tmp_path / "run")
     verification = export(run, text, tmp_path / "hf", dtype=torch.bfloat16)
-    assert 1e-4 < verification.max_difference < verification.limit
+    # Megatron's weights were rounded alike, or else the limit could be no sharper than rounding.
+    assert verification.max_difference < LOGITS
     weights = load_file(tmp_path / "hf" / "model.safetensors")
     reader = WeightReader(newest(run))
     whole = reader.read(MEGATRON_NAMES[Module.O].format(layer=1))
@@ -189,7 +190,7 @@ def test_a_run_starts_from_the_weights(precision: str, text: Path, tmp_path: Pat
 
     def start(engine: Engine) -> None:
         held_out = batches(config, 1000)
-        load_initial_weights(engine, newest(run))
+        load_initial_weights(engine, run)  # its newest checkpoint
         before = [item.parameter.detach().clone() for item in engine.parameters]
         for step in range(2):  # the first, of the warm-up, has a learning rate of 0
             engine.train_step(batches(config, step))
@@ -240,7 +241,7 @@ def test_training_starts_from_hugging_face(
     assert started[0][1] < ended[0][1] - 0.5, "it starts where the first run stopped"
     again = write_run(tmp_path / "third", corpus, training__start_from=str(tmp_path / "none"))
     code, message = command(again)
-    assert (code, "which is no folder" in message) == (1, True)
+    assert (code, "holds no checkpoint; expected the folder of a run" in message) == (1, True)
 
 
 def test_memory_is_that_of_one_file(tmp_path: Path) -> None:

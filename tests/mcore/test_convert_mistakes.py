@@ -7,10 +7,12 @@ import os
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 
 pytest.importorskip("megatron.core")
@@ -24,10 +26,15 @@ from megatron_completedp.convert import export as export_module
 from megatron_completedp.convert.export import Proof, to_hf, verify_export
 from megatron_completedp.convert.folder import whole_folder
 from megatron_completedp.convert.load import from_hf
+from megatron_completedp.convert.source import open_source
 from megatron_completedp.convert.verify import Verification
 from megatron_completedp.core.shape import ModelShape
 from megatron_completedp.core.tables import Rules
-from megatron_completedp.data.tokenizer import train_sentencepiece
+from megatron_completedp.data.encoder import Encoder
+from megatron_completedp.data.restart import ShardOrder, make_shard
+from megatron_completedp.data.sources import Source as TextSource
+from megatron_completedp.data.sources import find_files
+from megatron_completedp.data.tokenizer import load_tokenizer, train_sentencepiece
 from megatron_completedp.errors import CheckpointError, ConversionError
 from megatron_completedp.plan.run_plan import Plan
 from tests.mcore.convert_runs import convert_config, export, make_text, train
@@ -55,15 +62,17 @@ def run(config: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def good(run: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("exports") / "good"
-    export(run, text, out)
-    return out
+def good(run: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Right exports, by the dtype of their weights."""
+    folder = tmp_path_factory.mktemp("exports")
+    for dtype in (torch.float32, torch.bfloat16):
+        export(run, text, folder / str(dtype), dtype=dtype)
+    return {"fp32": folder / "torch.float32", "bf16": folder / "torch.bfloat16"}
 
 
 @pytest.fixture
-def copy(good: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(good, tmp_path / "copy"))
+def copy(good: dict[str, Path], tmp_path: Path) -> Path:
+    return Path(shutil.copytree(good["fp32"], tmp_path / "copy"))
 
 
 def check(run: Path, folder: Path, text: Path) -> Verification:
@@ -117,6 +126,10 @@ MISTAKES: dict[str, Callable[[Weights, Any], object]] = {
     "one row of the vocabulary off": lambda w, c: w.update(
         {"lm_head.weight": w["lm_head.weight"].roll(1, 0)}
     ),
+    # Small ones, that rounding to bf16 would hide.
+    "a q norm a fifth too large": lambda w, c: scale(w, LAYER + "self_attn.q_norm.weight", 1.2),
+    "an o a tenth too large": lambda w, c: scale(w, LAYER + "self_attn.o_proj.weight", 1.1),
+    "logits a fiftieth too large": lambda w, c: scale(w, "lm_head.weight", 1.02),
     "a NaN": lambda w, c: w["model.norm.weight"].fill_(float("nan")),
 }
 
@@ -132,17 +145,30 @@ def swap_q_and_k(weights: Weights, shape: ModelShape) -> None:
     weights[q][:rows], weights[k][:rows] = weights[k][:rows].clone(), first
 
 
-def test_a_copy_passes(run: Path, copy: Path, text: Path) -> None:
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_copy_passes(
+    dtype: str, run: Path, good: dict[str, Path], text: Path, tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(good[dtype], tmp_path / "copy"))
     edit(copy, lambda weights: None)
     assert check(run, copy, text).problems == []
 
 
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_verify_catches_a_mistake(
-    mistake: str, run: Path, copy: Path, text: Path, config: Any
+    mistake: str,
+    dtype: str,
+    run: Path,
+    good: dict[str, Path],
+    text: Path,
+    config: Any,
+    tmp_path: Path,
 ) -> None:
+    copy = Path(shutil.copytree(good[dtype], tmp_path / "copy"))
     edit(copy, lambda weights: MISTAKES[mistake](weights, config))
     found = check(run, copy, text)
+    assert not found.max_difference < 100 * found.limit  # NaN is far, too
     assert any("logits differ" in problem for problem in found.problems), found
 
 
@@ -242,6 +268,79 @@ def test_a_tokenizer_with_more_ids_than_the_model(run: Path, text: Path, tmp_pat
     train_sentencepiece(words, 370, tmp_path / "large.model")
     with pytest.raises(ConversionError, match="has 370 ids, but the model's vocab_size is 350"):
         to_hf(run, tmp_path / "hf", tokenizer_path=str(tmp_path / "large.model"), proof=None)
+
+
+def test_a_tokenizer_that_did_not_make_the_data(
+    run: Path, text: Path, tmp_path: Path, config: Any
+) -> None:
+    """Of the same size, which no other check would see."""
+    tokenizer = load_tokenizer(text / "tokenizer.model")
+    (tmp_path / "train.jsonl").write_text(json.dumps({"text": "some text"}) + "\n")
+    (file,) = find_files([TextSource(path=str(tmp_path / "train.jsonl"))])
+    order = ShardOrder(
+        out=tmp_path / "pairs",
+        tokenizer=tokenizer.path,
+        tokenizer_sha256=tokenizer.sha256,
+        engine="auto",
+        max_bad_fraction=0.0,
+    )
+    make_shard(order, file, Encoder(tokenizer), wait=True)
+    data = replace(config.data, train=("gone", str(order.prefix(file))))
+    source = replace(open_source(run), config=replace(config, data=data))
+    assert source.tokenizer(None).sha256 == tokenizer.sha256
+    words = [(text / "held_out.txt").read_text()[::-1]]
+    train_sentencepiece(words, tokenizer.vocab_size, tmp_path / "other.model")
+    with pytest.raises(ConversionError, match=r"train, which the model was trained on, was made"):
+        source.tokenizer(str(tmp_path / "other.model"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--samples", "0"), "--samples is 0; expected at least 1"),
+        (("--tolerance", "nan"), "--tolerance is nan; expected more than 0"),
+        (("--text", "latin1.txt"), "latin1.txt cannot be read as UTF-8"),
+        (("--text", "missing.txt"), "missing.txt does not exist"),
+    ],
+)
+def test_bad_flags_of_verify(
+    flags: tuple[str, str],
+    message: str,
+    convert: Any,
+    run: Path,
+    copy: Path,
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "latin1.txt").write_bytes("caf\u00e9".encode("latin-1"))
+    held_out = () if flags[0] == "--text" else ("--text", text / "held_out.txt")
+    code, output = convert("verify", run, copy, *held_out, *flags)
+    assert (code, message in output) == (1, True), output
+
+
+def test_bad_flags_of_to_hf(
+    convert: Any, run: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, output = convert("to-hf", run, "--out", tmp_path / "hf", "--max-shard-gb", "nan")
+    assert (code, "--max-shard-gb is nan" in output) == (1, True)
+    (tmp_path / "cwd").mkdir()
+    monkeypatch.chdir(tmp_path / "cwd")
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    shutil.copy(text / "held_out.txt", folder / "held_out.txt")
+    code, output = convert("to-hf", run, "--out", ".", "--text", folder)
+    assert (code, "verified" in output) == (0, True), output
+    assert (tmp_path / "cwd" / SINGLE).is_file()
+
+
+def test_a_folder_that_is_not_there_is_not_looked_for_elsewhere(
+    run: Path, text: Path, tmp_path: Path
+) -> None:
+    """The library would take the name for one on the internet."""
+    with pytest.raises(ConversionError, match=r"no config\.json; expected a folder written by"):
+        check(run, tmp_path / "exports", text)
 
 
 def rename(weights: Weights, old: str, new: str) -> None:
