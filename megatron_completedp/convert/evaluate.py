@@ -1,12 +1,11 @@
 """Score a Hugging Face folder on local files with lm-eval, chance beside every score.
 
-Nothing is downloaded: a task is a JSONL file, and the keys of its rows say what kind it is. lm-eval
-computes every score; here are the tasks in its terms and the chance floors, which it does not have.
+Nothing is downloaded, and lm-eval computes every score; `evaluate_tasks` has the tasks in its terms
+and the chance floors, which it does not have.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import math
@@ -16,14 +15,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import fsspec
 import tyro
 
+from megatron_completedp.convert.evaluate_tasks import KINDS, Row, Task, read_task
 from megatron_completedp.core.render import text_table
 from megatron_completedp.data.atomic import atomic_write
 from megatron_completedp.errors import ConfigError, DataError
-
-Row = Mapping[str, Any]
 
 PROG = "tools/evaluate.py"
 DESCRIPTION = """\
@@ -39,90 +36,6 @@ Example:
   tools/evaluate.py --model exports/proxy --tasks eval/blimp.jsonl.zst --tasks eval/piqa.jsonl \\
       --limit 2000 --out exports/proxy/scores.json
 """
-
-#: Row keys of each kind of task, with lm-eval's settings for it. Prompts end without a blank and
-#: continuations start with one, as lm-eval's own tasks have it.
-KINDS: dict[tuple[str, ...], dict[str, Any]] = {
-    ("query", "choices", "gold"): {
-        "output_type": "multiple_choice",
-        "doc_to_text": "{{query}}",
-        "doc_to_choice": "choices",
-        "doc_to_target": "gold",
-        "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
-    },
-    ("context_options", "continuation", "gold"): {
-        "output_type": "multiple_choice",
-        "doc_to_text": "gold",
-        "doc_to_choice": "context_options",
-        "doc_to_target": "continuation",
-        "metric_list": [{"metric": "acc"}],
-    },
-    ("sentence_good", "sentence_bad"): {
-        "output_type": "multiple_choice",
-        "doc_to_text": "",
-        "doc_to_choice": "{{[sentence_good, sentence_bad]}}",
-        "doc_to_target": 0,
-        "metric_list": [{"metric": "acc"}],
-    },
-    ("context", "continuation"): {
-        "output_type": "loglikelihood",
-        "doc_to_text": "{{context}}",
-        "doc_to_target": "{{' ' + continuation}}",
-        "metric_list": [{"metric": "acc"}, {"metric": "perplexity"}],
-    },
-    ("text",): {
-        "output_type": "loglikelihood_rolling",
-        "doc_to_text": "",
-        "doc_to_target": "{{text}}",
-        "metric_list": [{"metric": "bits_per_byte"}, {"metric": "byte_perplexity"}],
-    },
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Task:
-    """Rows of one file, and what kind they are."""
-
-    name: str
-    """The file's name without its endings."""
-    file: str
-    rows: tuple[Row, ...]
-    """The rows that are scored."""
-    of: int
-    """Rows in the file."""
-    too_long: int = 0
-    """Rows left out, because the model has no room for what it would have to produce."""
-
-    @property
-    def sha256(self) -> str:
-        """Of the rows that are scored, as JSON."""
-        return hashlib.sha256(json.dumps(self.rows, sort_keys=True).encode()).hexdigest()
-
-    @property
-    def kind(self) -> tuple[str, ...]:
-        """The entry of KINDS that the rows belong to."""
-        return next(keys for keys in KINDS if set(keys) <= self.rows[0].keys())
-
-    @property
-    def chance(self) -> float | None:
-        """Accuracy of a uniform guess; 0 for a free continuation, None where there is no such."""
-        if self.kind == ("text",):
-            return None
-        if self.kind == ("context", "continuation"):
-            return 0.0
-        return sum(1 / len(self.pairs(row)) for row in self.rows) / len(self.rows)
-
-    def pairs(self, row: Row) -> list[tuple[str, str]]:
-        """(context, what the model is to produce after it) for `row`; none for plain text."""
-        if self.kind == ("text",):
-            return []  # scored in windows
-        if self.kind == ("sentence_good", "sentence_bad"):
-            return [("", row["sentence_good"]), ("", row["sentence_bad"])]
-        if "context_options" in row:
-            return [(context, row["continuation"]) for context in row["context_options"]]
-        if "choices" in row:
-            return [(row["query"], choice) for choice in row["choices"]]
-        return [(row["context"], row["continuation"])]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,34 +93,10 @@ def main(argv: Sequence[str]) -> int:
     scores = evaluate(
         flags.model, tasks, device=flags.device, dtype=flags.dtype, batch_size=flags.batch_size
     )
-    if flags.out is not None:
-        flags.out.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(flags.out) as stream:
-            stream.write(json.dumps(as_json(flags.model, scores), indent=1).encode())
     print(table(scores))
+    if flags.out is not None:
+        _write(flags.out, as_json(flags.model, scores))
     return 0
-
-
-def read_task(path: str | Path, limit: int | None = None) -> Task:
-    """The task in a JSONL file (.gz, .zst by suffix), cut to `limit` rows spread evenly over it.
-
-    Raises DataError for a file that cannot be read, has no rows, or rows of no kind in KINDS.
-    """
-    rows = list(_read_rows(path))
-    if not rows:
-        raise DataError(f"{path} has no rows; expected one JSON object a line.")
-    of = len(rows)
-    if limit is not None and limit < of:
-        # Benchmarks come sorted by topic; the first rows would be one topic alone.
-        rows = [rows[index * of // limit] for index in range(limit)]
-    for number, row in enumerate(rows, start=1):
-        if not any(set(keys) <= row.keys() for keys in KINDS):
-            kinds = "; ".join(", ".join(keys) for keys in KINDS)
-            raise DataError(
-                f"{path}: row {number} has the keys {', '.join(map(str, row))}; expected one of "
-                f"these sets: {kinds}."
-            )
-    return Task(name=Path(path).name.split(".")[0], file=str(path), rows=tuple(rows), of=of)
 
 
 def evaluate(
@@ -216,8 +105,9 @@ def evaluate(
     """Score the model in the folder `model`, whose tokenizer lies beside it, on every task.
 
     Rows with a continuation longer than the model's longest sequence are left out and counted.
-    Raises ConfigError when lm-eval is not installed, two tasks share a name, or `model` is no
-    folder with a config.json, and DataError for a task without a row that fits.
+    Raises ConfigError when lm-eval is not installed, two tasks share a name, `model` is no folder
+    with a config.json, or the device is not there, and DataError for a task without a row that
+    fits.
     """
     names = [task.name for task in tasks]
     if doubled := sorted({name for name in names if names.count(name) > 1}):
@@ -266,6 +156,17 @@ def as_json(model: Path, scores: Iterable[Score]) -> dict[str, Any]:
     return {"model": str(model), "scores": rows}
 
 
+def _write(path: Path, content: dict[str, Any]) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(path) as stream:
+            stream.write(json.dumps(content, indent=1).encode())
+    except OSError as error:
+        raise DataError(
+            f"--out {path} cannot be written ({error}); the table above has the scores."
+        ) from error
+
+
 def _load(model: Path, *, device: str, dtype: str, batch_size: int) -> Any:
     """The model as lm-eval takes it."""
     # Read once, when huggingface_hub is imported: no look at the hub for what lies here.
@@ -277,7 +178,14 @@ def _load(model: Path, *, device: str, dtype: str, batch_size: int) -> Any:
             f"evaluation needs lm-eval ({error}); pip install 'megatron_completedp[evaluate]'."
         ) from error
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    return HFLM(pretrained=str(model), device=device, dtype=dtype, batch_size=batch_size)
+    lm = HFLM(pretrained=str(model), device=device, dtype=dtype, batch_size=batch_size)
+    # lm-eval takes another device where this one is missing; cuda is cuda:0.
+    if str(lm.device).removesuffix(":0") != device.removesuffix(":0"):
+        raise ConfigError(
+            f"--device is {device}, which this machine has not; expected cpu, or a GPU that torch "
+            "sees, such as cuda:0."
+        )
+    return lm
 
 
 def _fitting(task: Task, lm: Any) -> Task:
@@ -348,18 +256,6 @@ def _scores(task: Task, results: Mapping[str, Any]) -> Iterator[Score]:
             too_long=task.too_long,
             sha256=task.sha256,
         )
-
-
-def _read_rows(path: str | Path) -> Iterator[Row]:
-    try:
-        with fsspec.open(str(path), "rt", encoding="utf-8", compression="infer") as stream:
-            for number, line in enumerate(stream, start=1):
-                row = json.loads(line)
-                if not isinstance(row, dict):
-                    raise ValueError(f"line {number} is no JSON object")
-                yield row
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read as JSON lines: {error}.") from error
 
 
 def _number(value: float | None, form: str = ".4f") -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from megatron_completedp.convert.evaluate import Score, evaluate, read_task
-from megatron_completedp.errors import DataError
+from megatron_completedp.convert.evaluate import Score, evaluate
+from megatron_completedp.convert.evaluate_tasks import read_task
+from megatron_completedp.errors import ConfigError, DataError
 
 #: One id per word: 8 words that follow one another in this order.
 WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight"]
@@ -63,7 +65,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     folder = tmp_path_factory.mktemp("tasks")
-    rows: dict[str, list[dict[str, Any]]] = {"pairs": [], "choices": [], "last": [], "prose": []}
+    names = ("pairs", "choices", "contexts", "last", "prose")
+    rows: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     for index in range(40):
         words = counted(index, 6)
         text, wrong = " ".join(words), [WORDS[(index + 3) % 8], WORDS[(index + 2) % 8]]
@@ -71,6 +74,15 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
         rows["pairs"].append({"sentence_good": text, "sentence_bad": " ".join(swapped)})
         choices = [*wrong, WORDS[(index + 6) % 8]]
         rows["choices"].append({"query": text, "choices": choices, "gold": 2})
+        contexts = [text, " ".join(counted(index + 3, 6))]
+        gold = index % 2  # once the first context is right, once the second
+        rows["contexts"].append(
+            {
+                "context_options": contexts if gold == 0 else contexts[::-1],
+                "continuation": choices[2],
+                "gold": gold,
+            }
+        )
         rows["last"].append({"context": text, "continuation": choices[2]})
         rows["prose"].append({"text": " ".join(counted(index, 12))})
     found = []
@@ -90,10 +102,11 @@ def test_what_was_learned_scores_and_what_was_not_stays_at_chance(
     folders: dict[str, Path], tasks: list[Any]
 ) -> None:
     new, trained = (scores(folders[name], tasks) for name in ("new", "trained"))
-    for task in ("pairs", "choices", "last"):
+    for task in ("pairs", "choices", "contexts", "last"):
         assert trained[task, "acc"].value == 1.0
         assert new[task, "acc"].value < 0.8
     assert (new["pairs", "acc"].chance, new["choices", "acc"].chance) == (0.5, pytest.approx(1 / 3))
+    assert new["contexts", "acc"].chance == 0.5
     assert new["last", "perplexity"].value > 2 > trained["last", "perplexity"].value
     assert new["pairs", "acc"].standard_error == pytest.approx(
         math.sqrt(new["pairs", "acc"].value * (1 - new["pairs", "acc"].value) / 39), rel=1e-6
@@ -115,6 +128,45 @@ def test_bits_per_byte_are_those_of_the_model(folders: dict[str, Path], tasks: l
         size += len(row["text"].encode())
     assert found.value == pytest.approx(nats / size / math.log(2), rel=1e-5)
     assert (found.chance, found.rows, found.of) == (None, 40, 40)
+
+
+def test_acc_norm_divides_by_the_characters_of_a_choice(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    """Against the model's own log-likelihoods; by tokens or not at all, other choices would win."""
+    rows = []
+    for index in range(40):
+        choices = [" ".join(counted(index + shift, 1 + shift)) for shift in range(4)]
+        row = {"query": " ".join(counted(index, 4)), "choices": choices, "gold": index % 4}
+        rows.append(row)
+    file = tmp_path / "lengths.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = scores(folders["new"], [read_task(file)])
+    model = Qwen3ForCausalLM.from_pretrained(folders["new"])
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folders["new"])
+
+    def log_likelihood(query: str, choice: str) -> float:
+        ids = torch.tensor([tokenizer(f"{query} {choice}")["input_ids"]])
+        with torch.no_grad():
+            logs = model(input_ids=ids).logits.log_softmax(-1)
+        first = len(query.split())
+        return float(logs[0, first - 1 : -1].gather(1, ids[0, first:, None]).sum())
+
+    def accuracy(size: Callable[[str], int]) -> float:
+        right = 0
+        for row in rows:
+            each = [log_likelihood(row["query"], c) / size(c) for c in row["choices"]]
+            right += each.index(max(each)) == row["gold"]
+        return right / len(rows)
+
+    assert found["lengths", "acc"].value == accuracy(lambda choice: 1)
+    assert found["lengths", "acc_norm"].value == accuracy(len)
+    assert accuracy(len) not in (accuracy(lambda choice: 1), accuracy(lambda c: len(c.split())))
+
+
+def test_a_device_that_is_not_there_is_refused(folders: dict[str, Path], tasks: list[Any]) -> None:
+    with pytest.raises(ConfigError, match="--device is cuda:99, which this machine has not"):
+        evaluate(folders["new"], tasks, device="cuda:99", dtype="float32", batch_size=8)
 
 
 def test_rows_that_the_model_has_no_room_for_are_left_out_and_counted(
