@@ -14,9 +14,9 @@ def rank_layouts(
 ) -> Ranking:
     """Every layout of `config`'s model and batch on `gpus` GPUs, ranked by step time.
 
-    Those of `every_layout`. Optimizer
-    state is sharded and its communication overlapped where there are data-parallel ranks. Among
-    step times that differ by less than the estimate is good for, the simpler layout wins.
+    Those are the layouts of `every_layout`; optimizer state is sharded and its communication
+    overlapped where there are data-parallel ranks. Among step times that differ by less than the
+    estimate is good for, the simpler layout wins.
 
     Raises ConfigError for numbers out of range, a precision without a GPU peak, a world that no
     layout divides, and a model that fits in none: by how much, and what would fit.
