@@ -5,6 +5,6 @@
 
 from megatron_completedp.mcore.kernel_packages import hide_unusable
 
-# Megatron imports Transformer Engine and Apex wherever it finds them, so this has to come before the
-# first `import megatron.core` of any module of this package.
+# Megatron imports Transformer Engine and Apex wherever it finds them, so this has to come before
+# the first `import megatron.core` of any module of this package.
 hide_unusable()

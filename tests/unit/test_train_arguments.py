@@ -145,3 +145,23 @@ def test_changes_to_allow_are_checked_before_anything_starts(
     assert "--allow-hp-change q.lrate: expected module.field, such as" in capsys.readouterr().err
     monkeypatch.setattr(sys, "argv", [*command, "*.beta2", "--dry-run"])
     assert run_command(main) == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--world-size", "8"], "describe a dry run; add --dry-run"),
+        (["--all-ranks"], "describe a dry run; add --dry-run"),
+        (["--dry-run", "--all-ranks"], "--all-ranks is of the --world-size to simulate"),
+    ],
+)
+def test_flags_of_a_simulated_world_need_their_dry_run(
+    flags: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["train", "--config", write(tmp_path), *flags])
+    assert run_command(main) == 2
+    assert message in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from megatron_completedp.config.cli import load_run
+from megatron_completedp.config.cli import load_run, run_command
 from megatron_completedp.config.parallel import ParallelConfig
 from megatron_completedp.core.roles import Module
 from megatron_completedp.errors import (
@@ -27,7 +28,7 @@ from megatron_completedp.mcore.classify import ClassifiedParameter
 from megatron_completedp.mcore.dry_run import dry_run
 from megatron_completedp.optim.segments import Segment, segments_of_shard
 from megatron_completedp.plan.run_plan import Plan
-from megatron_completedp.train.__main__ import TrainFlags
+from megatron_completedp.train.__main__ import TrainFlags, main
 from tests.mcore.engine_runs import run_config
 
 TARGETS = Path(__file__).parents[3] / "examples" / "targets"
@@ -95,6 +96,26 @@ def test_variants_add_up(changes: dict[str, Any], sharded: bool) -> None:
     first = report.records[0]
     owned = sum(shard.stop - shard.start for of in first.shards for shard in of)
     assert owned == first.elements * (1 if sharded else 2)
+
+
+def test_the_command_prints_the_tables_and_the_dry_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The 7.2B target: a world that its layout does not divide is refused, with the fix."""
+    layout = ["--tensor-model-parallel-size", "8", "--pipeline-model-parallel-size", "8"]
+    argv = ["--config", str(TARGETS / "target_7200m.yaml"), "--dry-run", *layout]
+    monkeypatch.setattr(sys, "argv", ["train", *argv, "--world-size", "2000"])
+    assert run_command(main) == 2
+    assert "the world size is 2000, which" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", ["train", *argv[:3], "--world-size", "2", *SMALL])
+    assert run_command(main) == 0
+    printed = capsys.readouterr().out
+    assert "Adam eps" in printed
+    assert "dry run of 2 ranks (TP 1, PP 1, DP 2), all of them built" in printed
+
+
+#: Few enough layers to build in a moment; the rest of the 7.2B target as it is.
+SMALL = ["--num-layers", "2"]
 
 
 @pytest.mark.slow
