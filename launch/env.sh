@@ -18,5 +18,6 @@ if [ -z "${COMPLETEDP_CONTAINER:-}" ]; then
 fi
 
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-# How long ranks may take to save when they are asked to stop, before torchrun kills them.
-export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}
+# Seconds that ranks may take to save when they are asked to stop, before torchrun kills them; SLURM asks
+# so long before the time limit (--signal in slurm.sbatch).
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-120}
