@@ -38,7 +38,7 @@ def surrogate_of(names: tuple[str, ...]) -> Surrogate:
     return Surrogate(level=3.5, noise=NOISE, ceiling=math.log(1024), valleys=valleys)
 
 
-def finished_study(of: Search, trials: int, *, still: bool = False) -> optuna.Study:
+def finished_study(of: Search, trials: int, *, still: bool = False, seed: int = 0) -> optuna.Study:
     """`trials` trials on the surrogate (`still`: on noise alone), exported into the search's out.
 
     The last one is still running.
@@ -58,7 +58,7 @@ def finished_study(of: Search, trials: int, *, still: bool = False) -> optuna.St
     study.set_user_attr("identity", json.loads(json.dumps(of.identity())))
     study.set_user_attr("code", ["0.1.0"])
     study.set_user_attr("folder", "secret")
-    noise = np.random.default_rng(0)
+    noise = np.random.default_rng(seed)
     for _ in range(trials):
         trial = study.ask(space.distributions())
         point = dict.fromkeys(space.names, 0.0) if still else trial.params

@@ -20,6 +20,7 @@ from scipy import stats
 
 from megatron_completedp.search.incumbent import incumbent
 from megatron_completedp.search.samplers import make_sampler
+from megatron_completedp.search.seed_noise import Gain, SeedNoise
 from megatron_completedp.search.space import Space
 from megatron_completedp.search.trust_trials import DIVERGED, FIRST_TRY, REPLICATE
 from megatron_completedp.study.fit import pooled_deviation
@@ -110,7 +111,7 @@ class History:
 
     def chosen_for(self, trial: FrozenTrial) -> bool:
         """Whether `trial` is the run that its point was kept for, and so its loss too low."""
-        return not trial.user_attrs.get(REPLICATE, 0) and any(self._key(trial.params))
+        return not _replicate(trial) and any(self._key(trial.params))
 
     @cached_property
     def noise(self) -> tuple[float, int]:
@@ -129,6 +130,24 @@ class History:
             losses = [_value(trial) for trial in self._by_point[key]]
         mean = fmean(losses) if losses else math.nan
         return Estimate(mean, len(losses), biased, *self.noise)
+
+    def gain(self, point: Mapping[str, float]) -> Gain | None:
+        """How far `point` is below the start, in runs it was not chosen by; None without any."""
+        seeds = SeedNoise()
+        for key, runs in self._by_point.items():
+            fresh = {_replicate(run): _value(run) for run in runs if not self.chosen_for(run)}
+            seeds.replace(key, fresh)
+        start, key = self._key({}), self._key(point)
+        if not (self._unbiased.get(start) and self._unbiased.get(key)):
+            return None
+        found = seeds.gain(key, over=start)
+        return found if math.isfinite(found.standard_error) else None
+
+    @property
+    def challenges(self) -> int:
+        """Points other than the start that were run again, to tell whether they are better."""
+        start = self._key({})
+        return sum(bool(losses) for key, losses in self._unbiased.items() if key != start)
 
     @property
     def start(self) -> Estimate:
@@ -173,6 +192,10 @@ class History:
 
     def _key(self, point: Mapping[str, float]) -> tuple[float, ...]:
         return tuple(point.get(name, 0.0) for name in self.space.names)
+
+
+def _replicate(trial: FrozenTrial) -> int:
+    return int(trial.user_attrs.get(REPLICATE, 0))
 
 
 def _ended_well(trial: FrozenTrial) -> bool:

@@ -8,11 +8,30 @@ equal seeds are free of the second term, and their error is made of the third al
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
+from typing import NamedTuple
 
 #: Below these degrees of freedom an estimate is too often too small by luck (at 4 it is half of the
 #: true deviation or less in 1 of 11 cases, at 1 in 4 of 11).
 _LEAST_FREEDOM = 4
+
+
+class Spread(NamedTuple):
+    """An estimated standard deviation."""
+
+    deviation: float
+    """inf where it is not known."""
+    freedom: int
+    """Degrees of freedom."""
+
+
+class Gain(NamedTuple):
+    """By how much a point is better than another."""
+
+    nats: float
+    standard_error: float
+    freedom: int
+    """Degrees of freedom of the error."""
 
 
 class SeedNoise:
@@ -28,9 +47,9 @@ class SeedNoise:
         self._b: dict[int, float] = {}
         self._c = 0.0
         self._freedom = 0
-        self._points: dict[int, dict[int, float]] = {}
+        self._points: dict[Hashable, dict[int, float]] = {}
 
-    def replace(self, point: int, losses: Mapping[int, float]) -> None:
+    def replace(self, point: Hashable, losses: Mapping[int, float]) -> None:
         """Takes the finite `losses` by seed for all that is known of `point`."""
         self._add(self._points.get(point, {}), -1)
         self._points[point] = dict(losses)
@@ -48,11 +67,12 @@ class SeedNoise:
         self._c += sign * sum((loss - mean) ** 2 for loss in losses.values())
         self._freedom += sign * (len(losses) - 1)
 
-    def run(self) -> float:
-        """Standard deviation of a run within its point, seeds included; inf without a pair."""
-        return math.sqrt(max(self._c, 0.0) / self._freedom) if self._freedom else math.inf
+    def run(self) -> Spread:
+        """Of a run within its point, seeds included."""
+        known = math.sqrt(max(self._c, 0.0) / self._freedom) if self._freedom else math.inf
+        return Spread(known, self._freedom)
 
-    def paired(self) -> float:
+    def paired(self) -> Spread:
         """Of a run once its seed's effect is taken out.
 
         `run()`, which is larger or equal on average, until enough points were run on equal seeds.
@@ -74,4 +94,23 @@ class SeedNoise:
         freedom = self._freedom - rank
         if freedom < _LEAST_FREEDOM:
             return self.run()
-        return math.sqrt(max(self._c - explained, 0.0) / freedom)
+        return Spread(math.sqrt(max(self._c - explained, 0.0) / freedom), freedom)
+
+    def seeds_help(self, runs: int, others: int) -> bool:
+        """Whether `runs` on equal seeds tell more than as many against the mean of `others`."""
+        paired = self.paired().deviation * math.sqrt(2 / runs)
+        return paired < self.run().deviation * math.sqrt(1 / runs + 1 / others)
+
+    def gain(self, point: Hashable, over: Hashable) -> Gain:
+        """How far `point` is below `over`; both have runs.
+
+        Over equal seeds, or between the means where that is sharper: seeds may not be shared.
+        """
+        new, old = self._points[point], self._points[over]
+        gains = [old[seed] - new[seed] for seed in new if seed in old]
+        if gains and self.seeds_help(len(gains), len(old)):
+            noise, error = self.paired(), math.sqrt(2 / len(gains))
+            return Gain(sum(gains) / len(gains), noise.deviation * error, noise.freedom)
+        noise, error = self.run(), math.sqrt(1 / len(new) + 1 / len(old))
+        difference = sum(old.values()) / len(old) - sum(new.values()) / len(new)
+        return Gain(difference, noise.deviation * error, noise.freedom)

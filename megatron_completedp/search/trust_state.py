@@ -167,24 +167,7 @@ class _Books:
         """What children must be below: the incumbent's run of their seed where that is sharper."""
         first, mean = self.ended.get((incumbent, 0), math.inf), self.mean(incumbent)
         known = first <= mean + self.rules.cliff and incumbent in self.losses
-        return first if known and self._seeds_help(1, len(self.losses[incumbent])) else mean
-
-    def _seeds_help(self, runs: int, of_incumbent: int) -> bool:
-        """Whether `runs` on equal seeds tell more than the same number against all of another's."""
-        paired = self.noise.paired() * math.sqrt(2 / runs)
-        return paired < self.noise.run() * math.sqrt(1 / runs + 1 / of_incumbent)
-
-    def gain(self, challenger: int, incumbent: int) -> tuple[float, float]:
-        """Nats by which `challenger` is below `incumbent` in fresh runs, and the standard error.
-
-        Over equal seeds, or between the means where that is sharper: seeds may not be shared.
-        """
-        new, old = self.losses[challenger], self.losses[incumbent]
-        gains = [old[seed] - new[seed] for seed in new if seed in old]
-        if gains and self._seeds_help(len(gains), len(old)):
-            return sum(gains) / len(gains), self.noise.paired() * math.sqrt(2 / len(gains))
-        difference = self.mean(incumbent) - self.mean(challenger)
-        return difference, self.noise.run() * math.sqrt(1 / len(new) + 1 / len(old))
+        return first if known and self.noise.seeds_help(1, len(self.losses[incumbent])) else mean
 
     def enter(self, point: int, replicate: int, loss: float) -> None:
         """Adds a run of `point`, unless it diverged."""
@@ -226,10 +209,10 @@ class _Books:
                 return False
             if incumbent not in self.losses:
                 return True
-            gain, error = self.gain(challenger, incumbent)
-            if not gain > 0:
+            gain = self.noise.gain(challenger, over=incumbent)
+            if not gain.nats > 0:
                 return False
-            if self.rules.guard == 0 or gain > self.rules.guard * error:
+            if self.rules.guard == 0 or gain.nats > self.rules.guard * gain.standard_error:
                 return True
         return False
 
@@ -270,7 +253,7 @@ def fold(runs: Sequence[Run], rules: Rules) -> State:
         incumbent=incumbent,
         loss=books.mean(incumbent),
         runs=len(books.losses.get(incumbent, ())),
-        noise=books.noise.run(),
+        noise=books.noise.run().deviation,
         centre=centre,
         scale=scale,
         rounds=tuple(rounds),
