@@ -168,7 +168,6 @@ def test_verify_catches_a_mistake(
     copy = Path(shutil.copytree(good[dtype], tmp_path / "copy"))
     edit(copy, lambda weights: MISTAKES[mistake](weights, config))
     found = check(run, copy, text)
-    assert not found.max_difference < 100 * found.limit  # NaN is far, too
     assert any("logits differ" in problem for problem in found.problems), found
 
 
