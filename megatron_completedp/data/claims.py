@@ -25,9 +25,9 @@ _LONGEST_PAUSE_S = 0.5
 def claim(path: Path, *, wait: bool) -> Iterator[bool]:
     """Hold the lock file `path` while the block runs; yields whether it was to be had.
 
-    With `wait` it asks until the present holder has released it or died, and always yields True. The
-    file exists only while it is held (or after its holder was killed). Raises DataError where the
-    file system has no locks.
+    With `wait` it asks until the present holder has released it or died, and always yields True.
+    The file exists only while it is held (or after its holder was killed). Raises DataError where
+    the file system has no locks.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     pause = _FIRST_PAUSE_S
