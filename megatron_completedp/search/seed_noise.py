@@ -48,12 +48,14 @@ class SeedNoise:
         self._c = 0.0
         self._freedom = 0
         self._points: dict[Hashable, dict[int, float]] = {}
+        self._paired: Spread | None = None
 
     def replace(self, point: Hashable, losses: Mapping[int, float]) -> None:
         """Takes the finite `losses` by seed for all that is known of `point`."""
         self._add(self._points.get(point, {}), -1)
         self._points[point] = dict(losses)
         self._add(losses, 1)
+        self._paired = None
 
     def _add(self, losses: Mapping[int, float], sign: int) -> None:
         if len(losses) < 2:
@@ -77,6 +79,11 @@ class SeedNoise:
 
         `run()`, which is larger or equal on average, until enough points were run on equal seeds.
         """
+        if self._paired is None:
+            self._paired = self._fit()
+        return self._paired
+
+    def _fit(self) -> Spread:
         seeds = sorted(self._b)
         a = [[self._a.get((row, column), 0.0) for column in seeds] for row in seeds]
         b = [self._b[seed] for seed in seeds]
