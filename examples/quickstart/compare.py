@@ -17,7 +17,8 @@ import matplotlib.pyplot as plt
 from megatron_completedp.config.load import load_config
 from megatron_completedp.config.run import RunConfig
 from megatron_completedp.core.render import text_table
-from megatron_completedp.train.metrics import Row, read_metrics
+from megatron_completedp.data.jsonl import read_whole_rows
+from megatron_completedp.train.metrics import Row
 
 
 def main() -> int:
@@ -32,7 +33,7 @@ def main() -> int:
     for item in arguments.runs:
         name, _, folder = item.partition("=")
         config = load_config(Path(folder) / "config.yaml")
-        metrics = read_metrics(Path(folder) / "metrics.jsonl")
+        metrics = read_whole_rows(Path(folder) / "metrics.jsonl")
         evaluations = [row for row in metrics if row["kind"] == "eval"]
         if not evaluations:
             print(f"error: {folder} has no evaluation yet; train it first", file=sys.stderr)
