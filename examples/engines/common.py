@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from megatron_completedp.config.load import load_config
+from megatron_completedp.convert.hf_config import model_config
 from megatron_completedp.data.indexed import bin_path, token_dtype
 from megatron_completedp.plan.run_plan import Plan
 
@@ -37,20 +38,7 @@ def load_plan(path: str) -> Plan:
 
 def qwen3(plan: Plan) -> nn.Module:
     """A fresh Qwen3 with the sizes of the plan's model."""
-    shape = plan.config.model
-    config = Qwen3Config(
-        vocab_size=shape.vocab_size,
-        hidden_size=shape.hidden_size,
-        intermediate_size=shape.ffn_hidden_size,
-        num_hidden_layers=shape.num_layers,
-        num_attention_heads=shape.num_attention_heads,
-        num_key_value_heads=shape.kv_heads,
-        head_dim=shape.head_dim,
-        rms_norm_eps=shape.norm_epsilon,
-        rope_parameters={"rope_type": "default", "rope_theta": float(shape.rotary_base)},
-        tie_word_embeddings=shape.tied_embeddings,
-        use_cache=False,
-    )
+    config = Qwen3Config(**model_config(plan.config.model), use_cache=False)
     return Qwen3ForCausalLM(config)
 
 

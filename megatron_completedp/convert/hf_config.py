@@ -16,12 +16,10 @@ CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"
 
 
-def write_config(folder: Path, shape: ModelShape, *, dtype: torch.dtype, eod: int) -> None:
-    """Write both files. `eod` ends a text and, as in training, marks where one begins."""
+def model_config(shape: ModelShape) -> dict[str, Any]:
+    """What the config of the Hugging Face model says of layers like those of `shape`."""
     architecture = architecture_for(shape)
-    rope = {"rope_type": "default", "rope_theta": float(shape.rotary_base)}
-    config = {
-        "architectures": [architecture.class_name],
+    return {
         "model_type": architecture.model_type,
         "vocab_size": shape.vocab_size,
         "hidden_size": shape.hidden_size,
@@ -33,13 +31,21 @@ def write_config(folder: Path, shape: ModelShape, *, dtype: torch.dtype, eod: in
         "hidden_act": architecture.hidden_act,
         "max_position_embeddings": shape.seq_length,
         "rms_norm_eps": shape.norm_epsilon,
-        "rope_parameters": rope,
-        # Read by transformers 4, which does not know rope_parameters.
-        "rope_theta": rope["rope_theta"],
-        "rope_scaling": None,
+        "rope_parameters": {"rope_type": "default", "rope_theta": float(shape.rotary_base)},
         "tie_word_embeddings": shape.tied_embeddings,
         "attention_bias": False,
         "attention_dropout": 0.0,
+    }
+
+
+def write_config(folder: Path, shape: ModelShape, *, dtype: torch.dtype, eod: int) -> None:
+    """Write both files. `eod` ends a text and, as in training, marks where one begins."""
+    config = {
+        "architectures": [architecture_for(shape).class_name],
+        **model_config(shape),
+        # Read by transformers 4, which does not know rope_parameters.
+        "rope_theta": float(shape.rotary_base),
+        "rope_scaling": None,
         "bos_token_id": eod,
         "eos_token_id": eod,
         "pad_token_id": None,

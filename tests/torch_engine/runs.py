@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from megatron_completedp.convert.hf_config import model_config
 from megatron_completedp.core.hyperparams import resolve
 from megatron_completedp.core.shape import ModelShape
 from megatron_completedp.core.tables import Table
@@ -63,21 +64,8 @@ def hf_model(shape: ModelShape, role_map: RoleMap = QWEN3, **changes: Any) -> nn
     """A fresh model of transformers with the sizes of `shape`, in the architecture of the map."""
     import transformers
 
-    config = {
-        "vocab_size": shape.vocab_size,
-        "hidden_size": shape.hidden_size,
-        "intermediate_size": shape.ffn_hidden_size,
-        "num_hidden_layers": shape.num_layers,
-        "num_attention_heads": shape.num_attention_heads,
-        "num_key_value_heads": shape.kv_heads,
-        "head_dim": shape.head_dim,
-        "rms_norm_eps": shape.norm_epsilon,
-        "rope_parameters": {"rope_type": "default", "rope_theta": float(shape.rotary_base)},
-        "tie_word_embeddings": shape.tied_embeddings,
-        "use_cache": False,
-        **({} if shape.gated else {"hidden_act": "gelu"}),
-        **changes,
-    }
+    config = {**model_config(shape), "use_cache": False, **changes}
+    config.pop("model_type")  # Llama's and Phi's layers have the same sizes
     model_class = getattr(transformers, role_map.model)
     model: nn.Module = model_class(model_class.config_class(**config))
     return model.float()

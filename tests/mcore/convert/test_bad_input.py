@@ -1,4 +1,4 @@
-"""What must not pass: wrong exports before `verify`, and damaged or foreign input."""
+"""Interrupted, damaged and foreign input of the conversion: named errors, nothing half-written."""
 
 from __future__ import annotations
 
@@ -12,206 +12,26 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from torch import Tensor
 
 pytest.importorskip("megatron.core")
 pytest.importorskip("transformers")
 
-from safetensors.torch import load_file, save_file
 
 from megatron_completedp.config.cli import run_command
 from megatron_completedp.convert import __main__ as command
 from megatron_completedp.convert import export as export_module
-from megatron_completedp.convert.export import Proof, to_hf, verify_export
+from megatron_completedp.convert.export import Proof, to_hf
 from megatron_completedp.convert.folder import whole_folder
 from megatron_completedp.convert.load import from_hf
 from megatron_completedp.convert.source import open_source
-from megatron_completedp.convert.verify import Verification
-from megatron_completedp.core.shape import ModelShape
-from megatron_completedp.core.tables import Rules
 from megatron_completedp.data.encoder import Encoder
 from megatron_completedp.data.restart import ShardOrder, make_shard
 from megatron_completedp.data.sources import Source as TextSource
 from megatron_completedp.data.sources import find_files
 from megatron_completedp.data.tokenizer import load_tokenizer, train_sentencepiece
 from megatron_completedp.errors import CheckpointError, ConversionError
-from megatron_completedp.plan.run_plan import Plan
-from tests.mcore.convert_runs import convert_config, export, make_text, train
-
-Weights = dict[str, Tensor]
-SINGLE = "model.safetensors"
-LAYER = "model.layers.2."
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_text(tmp_path_factory.mktemp("text"))
-
-
-@pytest.fixture(scope="module")
-def config(text: Path) -> Any:
-    # Every fold there is: residual multipliers, softmax scale, logit multiplier.
-    rules = Rules(parametrization="completep", depth_alpha=0.75)
-    return convert_config(text, rules=rules, model={"softmax_scale": 1 / 20})
-
-
-@pytest.fixture(scope="module")
-def run(config: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return train(config, tmp_path_factory.mktemp("runs") / "run")
-
-
-@pytest.fixture(scope="module")
-def good(run: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Right exports, by the dtype of their weights."""
-    folder = tmp_path_factory.mktemp("exports")
-    for dtype in (torch.float32, torch.bfloat16):
-        export(run, text, folder / str(dtype), dtype=dtype)
-    return {"fp32": folder / "torch.float32", "bf16": folder / "torch.bfloat16"}
-
-
-@pytest.fixture
-def copy(good: dict[str, Path], tmp_path: Path) -> Path:
-    return Path(shutil.copytree(good["fp32"], tmp_path / "copy"))
-
-
-def check(run: Path, folder: Path, text: Path) -> Verification:
-    return verify_export(run, folder, proof=Proof(text=str(text / "held_out.txt"), samples=2))
-
-
-def edit(folder: Path, change: Callable[[Weights], object]) -> None:
-    weights = load_file(folder / SINGLE)
-    change(weights)
-    weights = {name: weight.contiguous().clone() for name, weight in weights.items()}
-    save_file(weights, folder / SINGLE, metadata={"format": "pt"})
-
-
-def swap(weights: Weights, one: str, other: str) -> None:
-    weights[LAYER + one], weights[LAYER + other] = weights[LAYER + other], weights[LAYER + one]
-
-
-def interleave(weights: Weights, name: str, head_dim: int) -> None:
-    """Heads in the order of a layout with the group as the inner dimension."""
-    heads = weights[LAYER + name].unflatten(0, (2, -1, head_dim))
-    weights[LAYER + name] = heads.transpose(0, 1).flatten(0, 2)
-
-
-def scale(weights: Weights, name: str, factor: float) -> None:
-    weights[name] = weights[name] * factor
-
-
-#: Each is one slip of a converter; q and k differ in size, so they are swapped head by head.
-MISTAKES: dict[str, Callable[[Weights, Any], object]] = {
-    "gate and up swapped": lambda w, c: swap(w, "mlp.gate_proj.weight", "mlp.up_proj.weight"),
-    "k and v swapped": lambda w, c: swap(w, "self_attn.k_proj.weight", "self_attn.v_proj.weight"),
-    "q and k swapped": lambda w, c: swap_q_and_k(w, c.model),
-    "q and k norms swapped": lambda w, c: swap(
-        w, "self_attn.q_norm.weight", "self_attn.k_norm.weight"
-    ),
-    "heads interleaved wrongly": lambda w, c: interleave(
-        w, "self_attn.q_proj.weight", c.model.head_dim
-    ),
-    "o not folded in one layer": lambda w, c: scale(
-        w, LAYER + "self_attn.o_proj.weight", 1 / residual(c, 2).attention
-    ),
-    "down not folded in one layer": lambda w, c: scale(
-        w, LAYER + "mlp.down_proj.weight", 1 / residual(c, 2).mlp
-    ),
-    "softmax scale not folded": lambda w, c: scale(
-        w, LAYER + "self_attn.q_norm.weight", 20 / c.model.head_dim**0.5
-    ),
-    "logit multiplier not folded": lambda w, c: scale(
-        w, "lm_head.weight", 1 / Plan.of(c).resolved.logit_multiplier
-    ),
-    "one row of the vocabulary off": lambda w, c: w.update(
-        {"lm_head.weight": w["lm_head.weight"].roll(1, 0)}
-    ),
-    # Small ones, that rounding to bf16 would hide.
-    "a q norm a fifth too large": lambda w, c: scale(w, LAYER + "self_attn.q_norm.weight", 1.2),
-    "an o a tenth too large": lambda w, c: scale(w, LAYER + "self_attn.o_proj.weight", 1.1),
-    "logits a fiftieth too large": lambda w, c: scale(w, "lm_head.weight", 1.02),
-    "a NaN": lambda w, c: w["model.norm.weight"].fill_(float("nan")),
-}
-
-
-def residual(config: Any, layer: int) -> Any:
-    return Plan.of(config).resolved.residual[layer]
-
-
-def swap_q_and_k(weights: Weights, shape: ModelShape) -> None:
-    q, k = (LAYER + f"self_attn.{name}_proj.weight" for name in "qk")
-    rows = shape.head_dim  # the first head of each
-    first = weights[q][:rows].clone()
-    weights[q][:rows], weights[k][:rows] = weights[k][:rows].clone(), first
-
-
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_a_copy_passes(
-    dtype: str, run: Path, good: dict[str, Path], text: Path, tmp_path: Path
-) -> None:
-    copy = Path(shutil.copytree(good[dtype], tmp_path / "copy"))
-    edit(copy, lambda weights: None)
-    assert check(run, copy, text).problems == []
-
-
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_verify_catches_a_mistake(
-    mistake: str,
-    dtype: str,
-    run: Path,
-    good: dict[str, Path],
-    text: Path,
-    config: Any,
-    tmp_path: Path,
-) -> None:
-    copy = Path(shutil.copytree(good[dtype], tmp_path / "copy"))
-    edit(copy, lambda weights: MISTAKES[mistake](weights, config))
-    found = check(run, copy, text)
-    assert any("logits differ" in problem for problem in found.problems), found
-
-
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [("rms_norm_eps", 1e-2), ("hidden_act", "gelu"), ("rope_parameters", {"rope_theta": 9e3})],
-)
-def test_verify_catches_a_wrong_config(
-    key: str, value: object, run: Path, copy: Path, text: Path
-) -> None:
-    path = copy / "config.json"
-    config = json.loads(path.read_text())
-    if isinstance(value, dict):
-        value = {**config[key], **value}
-    path.write_text(json.dumps({**config, key: value}))
-    assert check(run, copy, text).problems
-
-
-def test_verify_catches_another_tokenizer(run: Path, copy: Path, text: Path) -> None:
-    path = copy / "tokenizer.json"
-    tree = json.loads(path.read_text())
-    merges = tree["model"]["merges"]
-    tree["model"]["merges"] = merges[len(merges) // 2 :]
-    path.write_text(json.dumps(tree))
-    assert check(run, copy, text).problems == ["the tokenizers give different ids"]
-
-
-def test_a_wrong_export_is_never_published(
-    run: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The exit code of to-hf is 1, and there is no folder."""
-    write = export_module.write_hf_weights
-
-    def wrong(folder: Path, *args: Any, **options: Any) -> None:
-        write(folder, *args, **options)
-        edit(folder, lambda w: swap(w, "mlp.gate_proj.weight", "mlp.up_proj.weight"))
-
-    monkeypatch.setattr(export_module, "write_hf_weights", wrong)
-    with pytest.raises(ConversionError, match=r"(?s)is not the one in .*was not written"):
-        export(run, text, tmp_path / "hf")
-    assert list(tmp_path.iterdir()) == []
-
-
-# Bad input.
+from tests.mcore.convert.samples import SINGLE, Weights, check, edit, swap
+from tests.mcore.convert_runs import export
 
 
 def test_an_interrupted_export_is_not_taken_for_whole(
