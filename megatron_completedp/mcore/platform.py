@@ -12,6 +12,7 @@ import torch
 
 from megatron_completedp.errors import ConfigError
 from megatron_completedp.mcore import cpu_shim
+from megatron_completedp.mcore.kernel_packages import refuse_broken
 
 
 class Platform(ABC):
@@ -84,7 +85,11 @@ class CudaPlatform(Platform):
         self.device = torch.device("cuda", local_rank)
 
     def install(self) -> None:
-        """Make this process's device the current one."""
+        """Make this process's device the current one.
+
+        Raises LaunchError where Transformer Engine or Apex is installed and cannot be used.
+        """
+        refuse_broken()
         torch.cuda.set_device(self.device)
 
     def synchronize(self) -> None:

@@ -121,6 +121,33 @@ print(use_transformer_engine(CpuPlatform()))
     assert "install transformer-engine[pytorch]" in guarded.stderr
 
 
+#: What a machine with a CUDA device answers, and starting there.
+START_ON_CUDA = """
+import torch
+torch.cuda.device_count = lambda: 1
+torch.cuda.set_device = lambda device: None
+from megatron_completedp.mcore.platform import CudaPlatform
+CudaPlatform().install()
+"""
+
+
+def test_nothing_starts_on_cuda_beside_a_broken_package(tmp_path: Path) -> None:
+    """Whoever installed it wants its kernels: training on without them would be slow, unnoticed."""
+    assert run_python(START_ON_CUDA).returncode == 0
+
+    compiled_part_missing = {"transformer_engine/__init__.py": "raise RuntimeError('no core')\n"}
+    refused = run_python(
+        START_ON_CUDA, PYTHONPATH=with_files(tmp_path / "te", compiled_part_missing)
+    )
+    assert "LaunchError" in refused.stderr
+    assert "no core" in refused.stderr
+    assert "install transformer-engine[pytorch]" in refused.stderr
+    toolkit = UNUSABLE_APEX["toolkit"]
+    refused = run_python(START_ON_CUDA, PYTHONPATH=with_files(tmp_path / "apex", toolkit[0]))
+    assert "LaunchError" in refused.stderr
+    assert toolkit[1] in refused.stderr
+
+
 #: A web toolkit's apex, one that today's Python cannot parse, and NVIDIA's without its extensions.
 UNUSABLE_APEX = {
     "toolkit": ({"apex/__init__.py": "app = object()\n"}, "PyPI's apex is a web toolkit"),
