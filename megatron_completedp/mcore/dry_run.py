@@ -12,14 +12,14 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch.distributed as dist
 from megatron.core import parallel_state
 from tqdm import tqdm
 
 from megatron_completedp.config.parallel import ParallelConfig
-from megatron_completedp.config.run import check_world
+from megatron_completedp.config.run import RunConfig, check_world
 from megatron_completedp.errors import ConfigError
 from megatron_completedp.mcore.inventory import Inventory, check_inventory, sum_inventories
 from megatron_completedp.mcore.platform import CpuPlatform
@@ -115,9 +115,9 @@ def dry_run(plan: Plan, *, world_size: int, all_ranks: bool = False) -> DryRunRe
         records = _build(plan, world_size, all_ranks)
     finally:
         gc.unfreeze()
-    total = _check_replicas(plan, records, world_size)
+    total = _check_inventories(plan, records, world_size)
     saved = [box for record in records for box in record.saved]
-    kinds = check_saved(saved, config.model.parameters)
+    kinds = check_saved(saved, config.model.parameters, kinds=_saved_kinds(config))
     _check_memory(plan, records, world_size)
     return DryRunReport(
         parallel=config.parallel,
@@ -139,11 +139,16 @@ def _build(plan: Plan, world_size: int, all_ranks: bool) -> list[RankRecord]:
     corners = 0 if all_ranks or replicas == 1 else len(_corner_places(parallel))
     ranks = list(range(world_size)) if all_ranks else list(replica)
     records: list[RankRecord] = []
+    first: dict[tuple[int, int], RankRecord] = {}
     with tqdm(total=len(ranks) + corners, unit="rank", disable=None) as bar:
 
         def build(rank: int) -> None:
             with simulated_rank(rank, world_size, parallel):
-                records.append(record_rank(plan))
+                record = record_rank(plan)
+            original = first.setdefault((record.place.tp_rank, record.place.pp_rank), record)
+            check_replicas(original, record)
+            # What is equal is kept once: thousands of ranks, each with the shards of all.
+            records.append(replace(record, tensors=original.tensors, shards=original.shards))
             bar.update()
 
         for rank in ranks:
@@ -164,22 +169,28 @@ def _corner_places(parallel: ParallelConfig) -> set[tuple[int, int]]:
     }
 
 
-def _check_replicas(plan: Plan, records: Sequence[RankRecord], world_size: int) -> Inventory:
-    """The whole model by module and layer, after replicas agree and add up to it."""
+def _check_inventories(plan: Plan, records: Sequence[RankRecord], world_size: int) -> Inventory:
+    """The whole model by module and layer, after every replica added up to it."""
     covered = [rank for record in _first_replica(records) for rank in record.data_parallel_ranks]
     assert sorted(covered) == list(range(world_size)), "data-parallel groups do not tile the world"
-    first = {
-        (record.place.pp_rank, record.place.tp_rank): record for record in _first_replica(records)
-    }
     replicas: dict[int, dict[tuple[int, int], Inventory]] = {}
     for record in records:
         place = record.place
-        check_replicas(first[place.pp_rank, place.tp_rank], record)
         replicas.setdefault(place.dp_rank, {})[place.pp_rank, place.tp_rank] = record.counts
     for counts in replicas.values():
         if len(counts) == plan.config.parallel.model_parallel_size:
             check_inventory(sum_inventories(counts), plan.config.model)
     return sum_inventories(replicas[0])
+
+
+def _saved_kinds(config: RunConfig) -> set[str]:
+    """The kinds of state that Megatron's optimizer of this layout and precision saves."""
+    kinds = {"weights", "exp_avg", "exp_avg_sq"}
+    if config.parallel.use_distributed_optimizer:
+        kinds.add("param")
+    elif config.training.precision == "bf16":
+        kinds.add("fp32_param")
+    return kinds
 
 
 def _check_memory(plan: Plan, records: Iterable[RankRecord], world_size: int) -> None:

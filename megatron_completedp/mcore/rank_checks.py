@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 from megatron_completedp.core.roles import Module
 from megatron_completedp.errors import CheckpointError, ClassificationError, CompletedPError
@@ -75,10 +75,17 @@ def check_replicas(first: RankRecord, other: RankRecord) -> None:
             )
 
 
-def check_saved(saved: Iterable[SavedTensor], parameters: int) -> Counter[str]:
-    """Elements by kind of state in a checkpoint: weights, param (the masters), moments.
+def check_saved(
+    saved: Iterable[SavedTensor], parameters: int, *, kinds: Collection[str]
+) -> Counter[str]:
+    """Elements by kind of state in a checkpoint.
 
     All ranks of a layout hold equal boxes of a tensor, so they must be a grid's cells, each once.
+
+    Args:
+        saved: what all ranks write.
+        parameters: elements of the model.
+        kinds: those that there must be: weights, exp_avg, ...
 
     Raises CheckpointError when an element of a tensor is saved by nobody or twice, or when the
     tensors of a kind have not as many elements as the model has `parameters`.
@@ -98,7 +105,8 @@ def check_saved(saved: Iterable[SavedTensor], parameters: int) -> Counter[str]:
                 f"{cells[0].shape}, each once. {_REPORT}"
             )
         totals[_kind(key)] += whole
-    for kind, elements in totals.items():
+    for kind in sorted(totals.keys() | kinds):
+        elements = totals[kind]
         if elements != parameters:
             raise CheckpointError(
                 f"the checkpoint's {kind} would have {elements:,} elements; the model has "

@@ -234,6 +234,41 @@ def test_an_element_not_saved_once_is_named(
         dry_run(plan_of(), world_size=4)
 
 
+@pytest.mark.parametrize("kind", ["weights", "param", "exp_avg", "exp_avg_sq"])
+def test_a_kind_of_state_that_is_not_saved_is_named(
+    monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    saved = rank_builder._saved_tensors
+    prefix = "" if kind == "weights" else f"optimizer.state.{kind}."
+
+    def changed(*args: Any) -> Any:
+        return tuple(
+            box
+            for box in saved(*args)
+            if not (box.key.startswith(prefix) and (prefix or "optimizer.state" not in box.key))
+        )
+
+    monkeypatch.setattr(rank_builder, "_saved_tensors", changed)
+    with pytest.raises(CheckpointError, match=f"the checkpoint's {kind} would have 0 elements"):
+        dry_run(plan_of(), world_size=4)
+
+
+def test_a_replica_that_differs_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where one rank reads another configuration: its optimizer is shared out differently."""
+    cut = rank_builder._shards
+
+    def changed(*args: Any) -> Any:
+        shards = cut(*args)
+        return shards[::-1] if parallel_state.get_data_parallel_rank() == 3 else shards
+
+    monkeypatch.setattr(rank_builder, "_shards", changed)
+    monkeypatch.setattr(rank_builder, "_check_own", lambda *_: None)
+    with pytest.raises(
+        ClassificationError, match=r"DP 3\) are data-parallel .* their shards differ"
+    ):
+        dry_run(plan_of(), world_size=16)
+
+
 @pytest.mark.parametrize("part", ["parameters", "gradients", "masters", "moments"])
 def test_bytes_that_plan_does_not_say_are_named(monkeypatch: pytest.MonkeyPatch, part: str) -> None:
     right = dry_run_module.stage_memory
