@@ -33,7 +33,13 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
 
 def load_plan(path: str) -> Plan:
     """The plan of the run at `path`; its `parallel` section is Megatron's and is not used."""
-    return Plan.of(load_config(path))
+    plan = Plan.of(load_config(path))
+    if plan.config.training.precision != "fp32":
+        raise SystemExit(
+            f"{path}: training.precision is {plan.config.training.precision}; these scripts train "
+            "in fp32 alone. Set it to fp32, or add your engine's mixed precision."
+        )
+    return plan
 
 
 def qwen3(plan: Plan) -> nn.Module:

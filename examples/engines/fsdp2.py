@@ -52,7 +52,8 @@ def main() -> None:
         ids = text.sequences(step * size, size)
         loss, cross_entropy = loss_of(model, ids, training.z_loss)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), training.clip_grad)
+        if training.clip_grad:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), training.clip_grad)
         optimizer.step()
         optimizer.zero_grad()
         scheduler.step()

@@ -9,11 +9,15 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from megatron_completedp.core.roles import Module
 from megatron_completedp.errors import HyperparamError
 from megatron_completedp.mcore import groups as table_groups
 from megatron_completedp.plan.run_plan import Plan
 from megatron_completedp.torch_engine.multipliers import check_multipliers
 from megatron_completedp.torch_engine.role_map import RoleMap, label_parameters
+
+#: Modules that the plan has and the model of a role map may lack.
+_OPTIONAL = frozenset({Module.Q_NORM, Module.K_NORM})
 
 
 class HasGroups(Protocol):
@@ -85,10 +89,19 @@ def check_groups(optimizer: HasGroups, plan: Plan) -> None:
     their peaks. Call it after an engine took the optimizer over, after a checkpoint was loaded into
     it, and once while training: a scheduler may have levelled the learning rates since.
     """
-    expected = {g.name: g.hyperparams for g in table_groups.hyperparam_groups(plan.resolved)}
+    groups = table_groups.hyperparam_groups(plan.resolved)
+    expected = {group.name: group.hyperparams for group in groups}
+    held_names = {group.get("name") for group in optimizer.param_groups}
+    for group in groups:
+        optional = all(module in _OPTIONAL for module, _ in group.members)
+        if group.name not in held_names and not optional:
+            raise HyperparamError(
+                f"no parameter group is named {group.name!r}: the engine would leave these modules "
+                "as they are. Build the optimizer from param_groups(model, role_map, plan), whole."
+            )
     first: tuple[str, float] | None = None
-    for group in optimizer.param_groups:
-        name = group.get("name")
+    for held_group in optimizer.param_groups:
+        name = held_group.get("name")
         if name not in expected:
             raise HyperparamError(
                 f"a parameter group is named {name!r}; expected one of the plan's groups. Build "
@@ -97,15 +110,15 @@ def check_groups(optimizer: HasGroups, plan: Plan) -> None:
         values = expected[name]
         planned = {"eps": values.eps, "weight_decay": values.weight_decay}
         planned |= {"beta1": values.beta1, "beta2": values.beta2}
-        held = {key: group[key] for key in ("eps", "weight_decay")}
-        held["beta1"], held["beta2"] = group["betas"]
+        held = {key: held_group[key] for key in ("eps", "weight_decay")}
+        held["beta1"], held["beta2"] = held_group["betas"]
         for key, value in planned.items():
             if held[key] != value:
                 raise HyperparamError(
                     f"group {name} trains with {key} {held[key]}; the plan's is {value}. Something "
                     "replaced it: a checkpoint of another plan, or the engine's own configuration."
                 )
-        part = float(group["lr"]) / values.lr
+        part = float(held_group["lr"]) / values.lr
         first = first or (name, part)
         if not math.isclose(part, first[1], rel_tol=1e-6, abs_tol=1e-12):
             raise HyperparamError(

@@ -74,6 +74,10 @@ def level_rates(groups: Groups) -> None:
         group["lr"] = 1e-3
 
 
+def lose_a_group(groups: Groups) -> None:
+    del groups[0]
+
+
 def lose_names(groups: Groups) -> None:
     del groups[0]["name"]
 
@@ -85,7 +89,9 @@ def lose_names(groups: Groups) -> None:
         (one_beta2, "beta2 0.999; the plan's is"),
         (no_decay, "embedding trains with weight_decay 0.0"),
         (level_rates, "of its peak learning rate"),
-        (lose_names, "named None"),
+        (lose_a_group, "no parameter group is named 'embedding'"),
+        (lambda groups: groups.append({**groups[0], "name": "other"}), "named 'other'"),
+        (lose_names, "no parameter group is named 'embedding'"),
     ],
 )
 def test_damage_is_named(
