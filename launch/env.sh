@@ -18,6 +18,6 @@ if [ -z "${COMPLETEDP_CONTAINER:-}" ]; then
 fi
 
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-# Seconds that ranks may take to save when they are asked to stop, before torchrun kills them; SLURM asks
-# so long before the time limit (--signal in slurm.sbatch).
+# Seconds that ranks may take to save when they are asked to stop, before torchrun kills them. SLURM asks
+# so long before the time limit: --signal in slurm.sbatch, and both by stop_lead_s of `launch train`.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-120}

@@ -11,20 +11,24 @@ from typing import TypeVar
 
 import tyro
 
-from megatron_completedp.config.cli import load_run, read_arguments, run_command
+from megatron_completedp.config.cli import read_arguments, run_command
 from megatron_completedp.config.load import build
 from megatron_completedp.config.run import RunConfig
 from megatron_completedp.errors import ConfigError
-from megatron_completedp.launch import job, submit
-from megatron_completedp.launch.attempts import Attempts
-from megatron_completedp.launch.settings import ClusterSettings
+from megatron_completedp.launch import inside, submit
+from megatron_completedp.launch.command import keep_command, read_command
+from megatron_completedp.launch.settings import (
+    ArraySettings,
+    ClusterSettings,
+    JobSettings,
+    TrainSettings,
+)
 from megatron_completedp.launch.status import status
 from megatron_completedp.plan.devices import find_device
-from megatron_completedp.train import folder as run_folder
-from megatron_completedp.train.__main__ import PROG as TRAIN
-from megatron_completedp.train.__main__ import TrainFlags
 
 PROG = "python -m megatron_completedp.launch"
+#: Of the bf16 peak, unless --utilization says otherwise.
+UTILIZATION = 0.4
 
 E = TypeVar("E")
 
@@ -38,10 +42,11 @@ class TrainJobFlags:
     gpu: str | None = None
     """Estimate memory and time on this GPU, one of A100-80, H100, H200, B200; refuse what does
     not fit."""
-    utilization: float = 0.4
-    """Part of the bf16 peak that matrix products are expected to reach, 0 to 1."""
+    utilization: float | None = None
+    """With --gpu: part of the bf16 peak that matrix products are expected to reach, 0 to 1; 0.4
+    unless given."""
     dry_run: bool = False
-    """Print the sbatch command and what it would train; queue nothing."""
+    """Print an sbatch command that trains this YAML, and its layout; queue and write nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,54 +67,39 @@ class StatusFlags:
     """Folders of runs."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class BeginFlags:
-    """What launch/slurm.sbatch says before the ranks start; the training command is after --."""
-
-    job: str
-    """SLURM's number of the job."""
-    nodes: tuple[str, ...]
-    """Names of its nodes, in order."""
-    processes: int
-    """Ranks on each."""
-    tries: int
-    """Starts in a row without a new checkpoint after which it stops."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class EndFlags:
-    """What launch/slurm.sbatch says after the ranks' end; the training command is after --."""
-
-    job: str
-    """SLURM's number of the job."""
-    tries: int
-    """Starts in a row without a new checkpoint after which it stops."""
-    exit_code: int
-    """Of srun."""
-
-
 def _train(argv: Sequence[str], rest: Sequence[str]) -> int:
-    cluster, flags = _cluster(argv, "train", TrainJobFlags)
+    cluster, flags = _cluster(argv, "train", TrainSettings, TrainJobFlags)
     arguments = ["--config", flags.config, *rest]
-    config = _run_of(arguments)
+    config, own = read_command(arguments)
     print(f"run      {config.run_dir}: {config.steps:,} steps of {config.batch_tokens:,} tokens")
     print(f"layout   {submit.layout_text(config, cluster)}")
-    if flags.gpu is not None:
-        device = find_device(flags.gpu)
-        print(f"needs    {submit.estimate_text(config, cluster, device, flags.utilization)}")
+    _print_needs(config, cluster, flags)
+    if not flags.dry_run:
+        submit.check_queue(config)
+        arguments = keep_command(config, own)
     submission = submit.training_job(config, cluster, arguments)
     print(f"command  {submission}")
-    if flags.dry_run:
-        return 0
-    submit.check_queue(config)
-    # SLURM does not make the folder of a job's log.
-    (Path(config.run_dir) / run_folder.LAUNCH).mkdir(parents=True, exist_ok=True)
-    print(f"job      {submission.submit()}; follow it with: {PROG} status {config.run_dir}")
+    if not flags.dry_run:
+        print(f"job      {submission.submit()}; follow it with: {PROG} status {config.run_dir}")
     return 0
 
 
+def _print_needs(config: RunConfig, cluster: ClusterSettings, flags: TrainJobFlags) -> None:
+    """Memory and time on --gpu, if it is given."""
+    if flags.gpu is not None:
+        device, utilization = find_device(flags.gpu), flags.utilization
+        if utilization is None:
+            utilization = UTILIZATION
+        print(f"needs    {submit.estimate_text(config, cluster, device, utilization)}")
+    elif flags.utilization is not None:
+        raise ConfigError(
+            f"--utilization is {flags.utilization:g}, but there is no --gpu to estimate for; add "
+            "one, such as --gpu H100, or leave --utilization out."
+        )
+
+
 def _array(argv: Sequence[str], rest: Sequence[str]) -> int:
-    cluster, flags = _cluster(argv, "array", ArrayFlags)
+    cluster, flags = _cluster(argv, "array", ArraySettings, ArrayFlags)
     submission = submit.array_job(flags.tasks, cluster, rest)
     print(f"command  {submission}")
     if not flags.dry_run:
@@ -118,50 +108,30 @@ def _array(argv: Sequence[str], rest: Sequence[str]) -> int:
 
 
 def _status(argv: Sequence[str], rest: Sequence[str]) -> int:
-    flags = _flags(argv, "status", StatusFlags)
+    text = COMMANDS["status"].text
+    flags = tyro.cli(StatusFlags, prog=f"{PROG} status", description=text, args=list(argv))
     if not flags.run_dirs:
         raise ConfigError(f"status of which run? Name its folder: {PROG} status runs/target.")
     print("\n\n".join(status(Path(folder)) for folder in flags.run_dirs))
     return 0
 
 
-def _begin(argv: Sequence[str], rest: Sequence[str]) -> int:
-    flags, config = _flags(argv, "begin", BeginFlags), _run_of(rest)
-    ranks = len(flags.nodes) * flags.processes
-    port = job.begin(config, job=flags.job, nodes=flags.nodes, ranks=ranks, tries=flags.tries)
-    print(port, Attempts(Path(config.run_dir)).logs().resolve())
-    return 0
+def _cluster(
+    argv: Sequence[str], name: str, settings: type[JobSettings], extra: type[E]
+) -> tuple[ClusterSettings, E]:
+    """The cluster's settings from `--cluster` and flags, and the command's own flags.
 
-
-def _end(argv: Sequence[str], rest: Sequence[str]) -> int:
-    flags, config = _flags(argv, "end", EndFlags), _run_of(rest)
-    verdict = job.end(config, job=flags.job, tries=flags.tries, exit_code=flags.exit_code)
-    print(verdict.message, file=sys.stderr)
-    print(verdict.word, ",".join(verdict.exclude))
-    return 0
-
-
-def _run_of(arguments: Sequence[str]) -> RunConfig:
-    """The run that the arguments of the training command describe."""
-    described = f"Of the training command, which see: {TRAIN} --help"
-    return load_run(arguments, prog=TRAIN, description=described, extra=TrainFlags)[0]
-
-
-def _cluster(argv: Sequence[str], name: str, extra: type[E]) -> tuple[ClusterSettings, E]:
-    """The cluster's settings from `--cluster` and flags, and the command's own flags."""
+    The flags are those of `settings`; the file may hold what other kinds of jobs need.
+    """
     tree, flags = read_arguments(
         argv,
-        ClusterSettings,
+        settings,
         prog=f"{PROG} {name}",
         description=COMMANDS[name].text,
         extra=extra,
         file_flag="cluster",
     )
     return build(ClusterSettings, tree), flags
-
-
-def _flags(argv: Sequence[str], name: str, flags: type[E]) -> E:
-    return tyro.cli(flags, prog=f"{PROG} {name}", description=COMMANDS[name].text, args=list(argv))
 
 
 @dataclass(frozen=True)
@@ -184,7 +154,8 @@ class Command:
 COMMANDS: dict[str, Command] = {
     "train": Command(
         "Queue a run on nodes x processes ranks.",
-        "Checks that layout and memory fit, prints the sbatch command and runs it. The job saves "
+        "Checks that layout and memory fit, prints the sbatch command and runs it. What is queued "
+        "is a copy of the run, which later edits of the YAML do not reach. The job saves "
         "when it is preempted and before its time limit, is queued again after that and after a "
         "failure, and goes on from the newest checkpoint; after --tries starts without a new one "
         "it stops and says why.\n\nExample:\n"
@@ -194,7 +165,9 @@ COMMANDS: dict[str, Command] = {
     ),
     "array": Command(
         "Queue an array whose tasks share preprocessing, a ladder's runs or a search's trials.",
-        f"After -- comes one of {', '.join(submit.ARRAY_COMMANDS)} and its flags.\n\nExample:\n"
+        f"After -- comes one of {', '.join(submit.ARRAY_COMMANDS)} and its flags. A task that is "
+        "preempted or comes to its time limit is queued again: ladders and searches save before, "
+        "preprocessing keeps the shards that are finished.\n\nExample:\n"
         f"  {PROG} array --tasks 32 --cluster cluster.yaml -- search --config search.yaml "
         "--out /shared/search",
         _array,
@@ -204,8 +177,8 @@ COMMANDS: dict[str, Command] = {
         f"Only reads.\n\nExample:\n  {PROG} status runs/target",
         _status,
     ),
-    "begin": Command("Count a start; print its port and logs.", "For slurm.sbatch.", _begin),
-    "end": Command("Count its end; print what follows.", "For slurm.sbatch.", _end),
+    "begin": Command("Count a start; print its port and logs.", "For slurm.sbatch.", inside.begin),
+    "end": Command("Count its end; print what follows.", "For slurm.sbatch.", inside.end),
 }
 
 _SHOWN = ("train", "array", "status")

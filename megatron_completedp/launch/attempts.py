@@ -78,6 +78,16 @@ class Attempts:
                 "away: the run keeps its checkpoints, the count starts from nought."
             ) from error
 
+    def newest_of(self, job: str) -> int:
+        """The number of the newest start of `job`, counted from 1. LaunchError without one."""
+        for number in range(len(self.all), 0, -1):
+            if self.all[number - 1].job == job:
+                return number
+        raise LaunchError(
+            f"{self._path} has no start of job {job}; expected the one that the job began with. "
+            "Was the file moved away? Submit the run again: it goes on from its newest checkpoint."
+        )
+
     def logs(self, number: int | None = None) -> Path:
         """The folder with the logs of start `number`, counted from 1; None means the newest."""
         return self.folder / f"start_{number or len(self.all):03d}"
@@ -95,37 +105,44 @@ class Attempts:
         self._write()
         self.logs().mkdir(parents=True, exist_ok=True)
 
-    def end(self, outcome: Outcome, reason: str = "", blamed: str | None = None) -> None:
-        """Say how the newest start ended."""
-        self.all[-1] = replace(
-            self.all[-1],
+    def end(
+        self, job: str, outcome: Outcome, reason: str = "", blamed: str | None = None
+    ) -> Attempt:
+        """Say how the newest start of `job` ended."""
+        number = self.newest_of(job)
+        ended = replace(
+            self.all[number - 1],
             outcome=outcome,
             ended_at=time.time(),
             ended_step=newest_step(self.run_dir),
             reason=reason,
             blamed=blamed,
         )
+        self.all[number - 1] = ended
         self._write()
+        return ended
 
     def end_lost(self) -> None:
         """End a start whose job could not: stopped if the run asked for a requeue, else lost."""
         if self.all and self.all[-1].outcome == "running":
             asked = (self.run_dir / run_folder.REQUEUE_FILE).exists()
-            self.end("stopped" if asked else "lost", "its job ended before it could say why")
+            outcome: Outcome = "stopped" if asked else "lost"
+            self.end(self.all[-1].job, outcome, "its job ended before it could say why")
 
     def fruitless(self, job: str) -> int:
         """How many of the newest starts of `job`, in a row, failed before a new checkpoint."""
         count = 0
-        for attempt in reversed(self.all):
-            if attempt.job != job or not attempt.fruitless:
+        for attempt in reversed([each for each in self.all if each.job == job]):
+            if not attempt.fruitless:
                 break
             count += 1
         return count
 
     def to_exclude(self, job: str) -> list[str]:
-        """Nodes that were blamed for BLAMES_TO_EXCLUDE starts of `job` or more."""
-        blames = Counter(each.blamed for each in self.all if each.job == job and each.blamed)
-        return sorted(node for node, count in blames.items() if count >= BLAMES_TO_EXCLUDE)
+        """Those of its nodes that were blamed for BLAMES_TO_EXCLUDE starts of `job` or more."""
+        nodes = self.all[self.newest_of(job) - 1].nodes
+        blames = Counter(each.blamed for each in self.all if each.job == job)
+        return [node for node in nodes if blames[node] >= BLAMES_TO_EXCLUDE]
 
     def _write(self) -> None:
         with atomic_write(self._path) as stream:

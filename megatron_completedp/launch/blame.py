@@ -10,8 +10,9 @@ the first one that failed by itself is looked for:
 * Of those that remain, the one whose log ends first. torchrun's own times are whole seconds, in
   which a broken connection brings every rank down.
 
-Its node is blamed, unless the exit code says that the configuration is wrong, or the watchdog ended
-the rank: in a hang, all ranks wait and the first one to say so need not be the cause.
+Its node is blamed, unless its log ends with an error of ours, or the watchdog ended the rank. Such
+an error (a missing file, a run that diverged, a refused configuration) is of the run, and rank 0
+reports it for all. In a hang, all ranks wait, and the first to say so need not be the cause.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from megatron_completedp.errors import REQUEUE_EXIT_CODE, ConfigError
+from megatron_completedp.errors import REQUEUE_EXIT_CODE, CompletedPError, ConfigError
 
 #: Deaths that other ranks' ends do not cause. SIGABRT is not one: NCCL aborts when a peer is gone.
 OWN_SIGNALS = (signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL)
@@ -47,6 +48,8 @@ class Failure:
     """Negative for a signal."""
     at: float
     """When its log ended, seconds since 1970."""
+    explained: bool
+    """Whether its log ends with an error of ours, which is of the run and not of the node."""
 
     @property
     def by_own_signal(self) -> bool:
@@ -91,12 +94,25 @@ def hung(run_dir: Path, *, since: float) -> bool:
 def last_lines(path: Path, count: int = 15) -> str:
     """The end of a log, indented; a note where there is none."""
     try:
-        with path.open("rb") as file:
-            file.seek(max(path.stat().st_size - 8192, 0))
-            lines = file.read().decode(errors="replace").splitlines()[-count:]
+        lines = _tail(path)[-count:]
     except OSError as error:
         lines = [f"(cannot be read: {error.strerror})"]
     return "\n".join(f"  {line}" for line in lines)
+
+
+def _tail(path: Path) -> list[str]:
+    """The lines of the last 8 KiB."""
+    with path.open("rb") as file:
+        file.seek(max(path.stat().st_size - 8192, 0))
+        return file.read().decode(errors="replace").splitlines()
+
+
+def _ends_with_own_error(log: Path) -> bool:
+    """Whether the last error in a log is one of ours. Libraries may warn after it, at exit."""
+    for line in reversed(_tail(log)):
+        if line.startswith(("error: ", "Traceback ")):
+            return line.startswith("error: ")
+    return False
 
 
 def _failures(logs: Path, nodes: Sequence[str]) -> Iterator[Failure]:
@@ -109,4 +125,7 @@ def _failures(logs: Path, nodes: Sequence[str]) -> Iterator[Failure]:
             # A rank that was killed before it wrote anything has torchrun's whole seconds alone.
             whole = datetime.strptime(match["time"], "%Y-%m-%d_%H:%M:%S").timestamp()
             at = log.stat().st_mtime if log.exists() else whole
-            yield Failure(int(match["rank"]), node, int(match["code"]), at)
+            code = int(match["code"])
+            ours = code in (CompletedPError.exit_code, ConfigError.exit_code)
+            explained = ours and log.exists() and _ends_with_own_error(log)
+            yield Failure(int(match["rank"]), node, code, at, explained)

@@ -45,15 +45,18 @@ def submit(command: Sequence[str], environment: Mapping[str, str]) -> str:
     return done.stdout.strip().partition(";")[0]
 
 
-def jobs_of(run_dir: Path) -> list[Job] | None:
-    """The jobs in the queue that were submitted for `run_dir`; None where there is no squeue."""
+def jobs_of(run_dir: Path, newest: str | None) -> list[Job] | None:
+    """The jobs in the queue that are of the run in `run_dir`; None where squeue does not answer.
+
+    They have it as their comment, or are the job of its `newest` start: sbatch by hand sets none.
+    """
     if shutil.which("squeue") is None:
         return None
     done = _run(["squeue", "--noheader", "--format=%i|%T|%R|%k"])
     if done.returncode:
         return None
     rows = [line.split("|", 3) for line in done.stdout.splitlines()]
-    return [Job(*row[:3]) for row in rows if row[3:] == [comment(run_dir)]]
+    return [Job(*row[:3]) for row in rows if row[0] == newest or row[3:] == [comment(run_dir)]]
 
 
 def accounting(job: str) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_completedp.config.load import load_config
@@ -17,18 +18,23 @@ from megatron_completedp.train import folder as run_folder
 
 def status(run_dir: Path) -> str:
     """The lines that `launch status` prints for one run. Raises LaunchError if there is none."""
-    if not run_dir.is_dir():
-        raise LaunchError(
-            f"{run_dir} does not exist; expected the run_dir of a run that was started or "
-            "submitted. A run's YAML says which it is."
-        )
     attempts = Attempts(run_dir)
-    rows = [*_progress(run_dir), *_jobs(run_dir, attempts), *_starts(attempts)]
+    jobs = slurm.jobs_of(run_dir, attempts.all[-1].job if attempts.all else None)
+    if not jobs and not run_dir.is_dir():
+        raise LaunchError(
+            f"{run_dir} does not exist, and no job waits for it; expected the run_dir of a run "
+            "that was started or submitted. A run's YAML says which it is."
+        )
+    running = any(job.state == "RUNNING" for job in jobs or ())
+    rows = [*_progress(run_dir, running), *_jobs(jobs, attempts), *_starts(attempts)]
     return text_table(["run", str(run_dir)], rows, left=2)
 
 
-def _progress(run_dir: Path) -> list[list[str]]:
-    """Step, loss and speed of the last metrics, and the time that is left at that speed."""
+def _progress(run_dir: Path, running: bool) -> list[list[str]]:
+    """Step, loss and speed of the last metrics, and the time that is left at that speed.
+
+    An end is expected only of a run with a `running` job: who knows when another goes on?
+    """
     config_file = run_dir / run_folder.CONFIG_FILE
     metrics = read_whole_rows(run_dir / run_folder.METRICS_FILE)
     trained = [row for row in metrics if row["kind"] == "train"]
@@ -40,13 +46,17 @@ def _progress(run_dir: Path) -> list[list[str]]:
         f"{last['loss']:.4f}, {last['tokens_per_s']:,.0f} tokens/s"
     )
     seconds = (steps - last["step"]) * last["step_s"]
-    end = time.strftime("%Y-%m-%d %H:%M", time.localtime(time.time() + seconds))
-    expected = "finished" if seconds == 0 else f"{end}, after {seconds / 3600:.2f} h of training"
-    return [["progress", progress], ["expected end", expected]]
+    if seconds == 0:
+        left = ["expected end", "finished"]
+    elif running:
+        end = time.strftime("%Y-%m-%d %H:%M", time.localtime(time.time() + seconds))
+        left = ["expected end", f"{end}, after {seconds / 3600:.2f} h of training"]
+    else:
+        left = ["left", f"{seconds / 3600:.2f} h of training; no job is known to run"]
+    return [["progress", progress], left]
 
 
-def _jobs(run_dir: Path, attempts: Attempts) -> list[list[str]]:
-    queued = slurm.jobs_of(run_dir)
+def _jobs(queued: Sequence[slurm.Job] | None, attempts: Attempts) -> list[list[str]]:
     if queued is None:
         return [["jobs", "unknown: there is no squeue here, or it did not answer"]]
     if queued:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from pathlib import Path
 from megatron_completedp.config.run import RunConfig, check_world
 from megatron_completedp.errors import ConfigError, LaunchError
 from megatron_completedp.launch import slurm
+from megatron_completedp.launch.attempts import Attempts
 from megatron_completedp.launch.settings import ClusterSettings
 from megatron_completedp.plan.cost import step_cost
 from megatron_completedp.plan.devices import Device
@@ -33,13 +35,18 @@ class Submission:
 
     command: tuple[str, ...]
     environment: dict[str, str]
+    folder: Path | None = None
+    """Of the job's log, which SLURM does not make."""
 
     def __str__(self) -> str:
         """As one would type it."""
-        return slurm.command_text(self.command, self.environment)
+        made = "" if self.folder is None else f"mkdir -p {shlex.quote(str(self.folder))} && "
+        return made + slurm.command_text(self.command, self.environment)
 
     def submit(self) -> str:
         """Queue the job; its number. Raises LaunchError when that is refused."""
+        if self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
         return slurm.submit(self.command, self.environment)
 
 
@@ -48,15 +55,16 @@ def training_job(
 ) -> Submission:
     """The job that trains `config`; `arguments` are those of the training command that say so."""
     run_dir = Path(config.run_dir)
+    folder = run_dir / run_folder.LAUNCH
     command = [
         "sbatch",
         "--parsable",
         f"--job-name={run_dir.name}",
         f"--comment={slurm.comment(run_dir)}",
-        f"--output={run_dir / run_folder.LAUNCH / 'job-%j.log'}",
+        f"--output={folder / 'job-%j.log'}",
         f"--nodes={cluster.nodes}",
         f"--cpus-per-task={cluster.processes_per_node * cluster.cpus_per_process}",
-        *_gpus(config, cluster),
+        *_gpus(0 if config.training.device == "cpu" else cluster.processes_per_node),
         *cluster.options,
         str(slurm.script("slurm.sbatch")),
         *arguments,
@@ -66,7 +74,7 @@ def training_job(
         "COMPLETEDP_PROCESSES": str(cluster.processes_per_node),
         "COMPLETEDP_TRIES": str(cluster.tries),
     }
-    return Submission(tuple(command), environment)
+    return Submission(tuple(command), environment, folder)
 
 
 def array_job(tasks: int, cluster: ClusterSettings, arguments: Sequence[str]) -> Submission:
@@ -87,6 +95,8 @@ def array_job(tasks: int, cluster: ClusterSettings, arguments: Sequence[str]) ->
         f"--job-name={arguments[0]}",
         f"--array=0-{tasks - 1}",
         f"--cpus-per-task={cluster.cpus_per_process}",
+        # A task is on one node.
+        *_gpus(cluster.gpus_per_task),
         *cluster.options,
         str(slurm.script("slurm_array.sbatch")),
         *arguments,
@@ -96,7 +106,8 @@ def array_job(tasks: int, cluster: ClusterSettings, arguments: Sequence[str]) ->
 
 def check_queue(config: RunConfig) -> None:
     """Raise LaunchError if a job of this run waits or runs: two would write over one another."""
-    for job in slurm.jobs_of(Path(config.run_dir)) or ():
+    starts = Attempts(Path(config.run_dir)).all
+    for job in slurm.jobs_of(Path(config.run_dir), starts[-1].job if starts else None) or ():
         raise LaunchError(
             f"job {job.number} of {config.run_dir} is {job.state} {job.where}; two jobs would "
             f"write over one another. Wait for it, or scancel {job.number} first."
@@ -149,10 +160,8 @@ def estimate_text(
     )
 
 
-def _gpus(config: RunConfig, cluster: ClusterSettings) -> list[str]:
-    if config.training.device == "cpu":
-        return []
-    return [f"--gpus-per-node={cluster.processes_per_node}"]
+def _gpus(on_each_node: int) -> list[str]:
+    return [f"--gpus-per-node={on_each_node}"] if on_each_node else []
 
 
 def _environment(cluster: ClusterSettings) -> dict[str, str]:

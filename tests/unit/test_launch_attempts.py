@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from launch_samples import report, write_checkpoint, write_config
@@ -25,25 +26,32 @@ def config(tmp_path: Path) -> RunConfig:
     return load_config(write_config(tmp_path))
 
 
-def start(config: RunConfig, number: str = "7") -> Path:
+def start(config: RunConfig, number: str = "7", **known: Any) -> Path:
     """Begin a start of job `number`; the folder of its logs."""
-    job.begin(config, job=number, nodes=NODES, ranks=2, tries=TRIES)
+    job.begin(config, job=number, nodes=NODES, ranks=2, tries=TRIES, **known)
     return Attempts(Path(config.run_dir)).logs()
 
 
-def end(config: RunConfig, code: int = 1, number: str = "7") -> job.Verdict:
-    return job.end(config, job=number, tries=TRIES, exit_code=code)
+def end(config: RunConfig, code: int = 1, number: str = "7", spare: int = 1) -> job.Verdict:
+    return job.end(Path(config.run_dir), job=number, tries=TRIES, exit_code=code, spare=spare)
 
 
 def fail(
-    config: RunConfig, *, rank: int, code: int = 1, number: str = "7", saved: int | None = None
+    config: RunConfig,
+    *,
+    rank: int,
+    code: int = 1,
+    number: str = "7",
+    saved: int | None = None,
+    spare: int = 1,
+    says: str = "",
 ) -> job.Verdict:
     """A start in which `rank`, on the node of its number, fails alone, after it `saved`."""
     logs = start(config, number)
     if saved is not None:
         write_checkpoint(Path(config.run_dir), saved)
-    report(logs, node=rank, rank=rank, code=code, log_ends_at=1.0)
-    return end(config, number=number)
+    report(logs, node=rank, rank=rank, code=code, log_ends_at=1.0, says=says)
+    return end(config, number=number, spare=spare)
 
 
 def test_the_newest_checkpoint_is_one_whose_files_are_there(tmp_path: Path) -> None:
@@ -146,9 +154,72 @@ def test_a_node_that_failed_twice_is_left_out(config: RunConfig) -> None:
         assert fail(config, rank=rank, saved=step).exclude == ()
     verdict = fail(config, rank=1, saved=3)
     assert verdict.exclude == ("n2",)
-    assert "without n2, which failed twice" in verdict.message
+    assert "does without n2, which failed twice" in verdict.message
     # Another job of the run does not inherit the blame: the node may have been mended.
     assert fail(config, rank=1, number="8").exclude == ()
+
+
+def test_an_error_that_the_run_explains_itself_blames_no_node(config: RunConfig) -> None:
+    """Rank 0 reports what all ranks share; its node is no worse than the others."""
+    for step in range(1, 5):
+        verdict = fail(config, rank=0, saved=step, says="error: a.bin does not exist")
+        assert verdict.word == "requeue"
+        assert verdict.exclude == ()
+
+
+def test_no_node_is_left_out_where_none_could_take_its_place(config: RunConfig) -> None:
+    """A job that needs more nodes than it may have waits for ever, and never says why."""
+    assert [fail(config, rank=0, spare=0).word for _ in range(TRIES)] == [
+        "requeue", "requeue", "stop"
+    ]  # fmt: skip
+    fail(config, rank=0, number="8", spare=0)
+    verdict = fail(config, rank=0, number="8", spare=0)
+    assert verdict.exclude == ()
+    assert "n1 failed twice but is not left out" in verdict.message
+    # With one to spare, one of two is left out.
+    for rank, step in ((0, 1), (1, 2), (0, 3)):
+        fail(config, rank=rank, number="9", saved=step, spare=0)
+    verdict = fail(config, rank=1, number="9", saved=4, spare=1)
+    assert verdict.exclude == ("n1",)
+    assert "does without n1" in verdict.message
+    assert "n2 failed twice but is not left out" in verdict.message
+
+
+def test_a_run_that_another_job_trains_is_left_to_it(config: RunConfig) -> None:
+    start(config, "7")
+    run_folder.ask_for_requeue(Path(config.run_dir), "stopped")
+    with pytest.raises(LaunchError, match=r"job 7 is training .* scancel 7"):
+        start(config, "8", running=("7", "8"))
+    # Nothing was changed under it: neither its start nor its request.
+    assert [each.outcome for each in Attempts(Path(config.run_dir)).all] == ["running"]
+    assert end(config, number="7").word == "requeue"
+    # Negative controls: one that has said how it ended, one that is gone, and the job itself.
+    start(config, "8", running=("7", "8"))
+    start(config, "9", running=("9",))
+    start(config, "9", running=("9",))
+
+
+def test_an_end_is_written_to_the_job_s_own_start(config: RunConfig) -> None:
+    """Where squeue did not answer, two jobs may have begun."""
+    logs = start(config, "7")
+    start(config, "8")
+    report(logs, node=1, rank=1, code=-9, log_ends_at=1.0)
+    verdict = end(config, number="7")
+    assert "start 1 failed: rank 1 on n2 was ended by SIGKILL" in verdict.message
+    assert [each.outcome for each in Attempts(Path(config.run_dir)).all] == ["failed", "running"]
+    with pytest.raises(LaunchError, match="no start of job 9"):
+        end(config, number="9")
+
+
+def test_a_job_that_was_queued_again_trains_what_it_began(config: RunConfig) -> None:
+    """Its YAML may name another run by now: that of another job, in the folder of that job."""
+    start(config, "8")
+    with pytest.raises(LaunchError, match=r"job 7 was queued again .* has no start of it"):
+        start(config, "7", restarts=1)
+    assert [each.job for each in Attempts(Path(config.run_dir)).all] == ["8"]
+    # Negative controls: its first start, and one after that.
+    start(config, "7")
+    start(config, "7", restarts=1)
 
 
 def test_a_hang_blames_no_node(config: RunConfig) -> None:

@@ -20,7 +20,28 @@ def found(logs: Path) -> str | None:
 
 def test_the_node_s_name_comes_from_the_job_and_not_from_the_report(tmp_path: Path) -> None:
     report(tmp_path, node=1, rank=3, code=1, log_ends_at=5.0)
-    assert first_failure(tmp_path, NODES) == Failure(rank=3, node="n2", exit_code=1, at=5.0)
+    expected = Failure(rank=3, node="n2", exit_code=1, at=5.0, explained=False)
+    assert first_failure(tmp_path, NODES) == expected
+
+
+@pytest.mark.parametrize(
+    ("code", "says", "explained"),
+    [
+        (1, "error: a.bin does not exist", True),
+        (1, "error: 2 of 3 are missing:\n  a\n  b\n[W] process group was not destroyed", True),
+        # Negative controls: a defect, or the machine; and a rank that was killed as it left.
+        (1, "error: an earlier one\nTraceback (most recent call last):\n  ...\nOSError: x", False),
+        (1, "srun: error: n1: task 0: Exited", False),
+        (-signal.SIGKILL, "error: a.bin does not exist", False),
+    ],
+)
+def test_an_error_of_ours_is_of_the_run_and_not_of_its_node(
+    tmp_path: Path, code: int, says: str, explained: bool
+) -> None:
+    report(tmp_path, node=0, rank=0, code=code, log_ends_at=1.0, says=says)
+    failure = first_failure(tmp_path, NODES)
+    assert failure is not None
+    assert failure.explained == explained
 
 
 def test_the_earlier_exception_is_the_cause(tmp_path: Path) -> None:

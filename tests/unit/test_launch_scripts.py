@@ -1,4 +1,4 @@
-"""The scripts with SLURM's commands and the interpreter replaced: what they call, and when."""
+"""slurm.sbatch with SLURM's commands and the interpreter replaced: what it calls, and when."""
 
 from __future__ import annotations
 
@@ -9,23 +9,19 @@ import sys
 from pathlib import Path
 
 import pytest
-from launch_samples import REPORT, write_checkpoint, write_config
-from test_launch_submit import fake
+from launch_samples import (
+    REPORT,
+    ROOT,
+    SPARE,
+    fake_slurm,
+    run_script,
+    write_checkpoint,
+    write_config,
+)
 
 from megatron_completedp.launch.attempts import Attempts
 from megatron_completedp.launch.job import FIRST_PORT, PORTS, free_port
 
-ROOT = Path(__file__).parents[2]
-
-#: The commands that a job calls; each notes how it was called. srun leaves what SRUN says behind.
-PROGRAMS = {
-    "scontrol": """\
-if [ "$1 $2" = "show hostnames" ]; then printf 'n1\\nn2\\n'
-elif [ "$1" = show ]; then echo "JobId=77 ExcNodeList=$EXCLUDED JobState=RUNNING"
-else echo "scontrol $*" >>"$CALLS"; [ "$1" != requeue ] || exit "${REQUEUE_CODE:-0}"; fi""",
-    "squeue": 'echo "${JOB_STATE:-RUNNING}"',
-    "srun": 'echo "srun $*" >>"$CALLS"; eval "${SRUN:-}"; exit "${SRUN_CODE:-0}"',
-}
 #: A report of torchrun on the second node, written where srun was told to write.
 FAILED = (
     'for each in "$@"; do case $each in --output=*) logs=$(dirname "${each#*=}");; esac; done;'
@@ -35,32 +31,8 @@ FAILED = (
 
 @pytest.fixture
 def calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """SLURM's commands on PATH; the file in which they note how they were called."""
-    fake(tmp_path / "bin", monkeypatch, **PROGRAMS)
-    monkeypatch.setenv("CALLS", str(tmp_path / "calls"))
-    return tmp_path / "calls"
-
-
-def run_script(name: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """A script of launch/ in the environment of job 77 on n1 and n2."""
-    slurm = {
-        "SLURM_JOB_ID": "77",
-        "SLURM_JOB_NODELIST": "n[1-2]",
-        "SLURM_SUBMIT_DIR": str(ROOT),
-        "COMPLETEDP_VENV": sys.prefix,
-        "PYTHONPATH": str(ROOT),
-        "COMPLETEDP_TRIES": "2",
-        "COMPLETEDP_PROCESSES": "4",
-        "SLURM_CPUS_PER_TASK": "8",
-    }
-    return subprocess.run(
-        ["bash", str(ROOT / "launch" / name), *arguments],
-        env={**os.environ, **slurm, **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
+    """SLURM's commands on PATH; the file in which they note requests."""
+    return fake_slurm(tmp_path, monkeypatch)
 
 
 def train(tmp_path: Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -69,6 +41,22 @@ def train(tmp_path: Path, **environment: str) -> subprocess.CompletedProcess[str
 
 def starts(tmp_path: Path) -> list[str]:
     return [attempt.outcome for attempt in Attempts(tmp_path / "run").all]
+
+
+def asked(calls: Path) -> list[str]:
+    """What was asked of SLURM's controller."""
+    return [line for line in calls.read_text().splitlines() if line.startswith("scontrol")]
+
+
+def fail_with_progress(tmp_path: Path, step: int, **environment: str) -> str:
+    """A start that writes a checkpoint while its ranks run, and fails on n2; the job's log."""
+    ahead = write_checkpoint(tmp_path / f"ahead{step}", step)
+    saved = tmp_path / "run" / "checkpoints"
+    saves = f"mkdir -p {saved}; mv {ahead} {saved}; {FAILED}"
+    done = train(tmp_path, SRUN=saves, SRUN_CODE="1", **environment)
+    assert done.returncode == 1
+    assert "rank 1 on n2 was ended by SIGKILL" in done.stderr
+    return done.stderr
 
 
 def test_the_ranks_meet_on_the_first_node_and_each_has_a_log(tmp_path: Path, calls: Path) -> None:
@@ -89,25 +77,42 @@ def test_the_ranks_meet_on_the_first_node_and_each_has_a_log(tmp_path: Path, cal
     assert "is finished" in done.stderr
 
 
-@pytest.mark.parametrize(("excluded", "then"), [("(null)", "n2"), ("n[7-9]", "n[7-9],n2")])
+@pytest.mark.parametrize(("excluded", "then"), [("(null)", "n2"), ("n8,n9", "n8,n9,n2")])
 def test_a_failure_is_queued_again_without_the_node_that_failed_twice(
     tmp_path: Path, calls: Path, excluded: str, then: str
 ) -> None:
     for step in (1, 2):
-        # A checkpoint that appears while the ranks run: each of the two starts makes progress.
-        ahead = write_checkpoint(tmp_path / f"ahead{step}", step)
-        saved = tmp_path / "run" / "checkpoints"
-        saves = f"mkdir -p {saved}; mv {ahead} {saved}; {FAILED}"
-        done = train(tmp_path, SRUN=saves, SRUN_CODE="1", EXCLUDED=excluded)
-        assert done.returncode == 1
-        assert "rank 1 on n2 was ended by SIGKILL" in done.stderr
-    asked = [line for line in calls.read_text().splitlines() if line.startswith("scontrol")]
-    assert asked == [
+        fail_with_progress(tmp_path, step, EXCLUDED=excluded, SPARE=SPARE)
+    assert asked(calls) == [
         "scontrol requeue 77",
         "scontrol requeue 77",
         # What the user had excluded stays excluded.
         f"scontrol update JobId=77 ExcNodeList={then}",
     ]
+
+
+@pytest.mark.parametrize(
+    "cluster",
+    [
+        {},
+        {"SPARE": SPARE.replace("alloc", "drain")},
+        {"SPARE": SPARE.replace("alloc", "idle*")},
+        {"SPARE": SPARE.replace("gpu:8", "(null)")},
+        {"SPARE": SPARE, "EXCLUDED": "n3"},
+        {"SPARE": SPARE, "REQUIRED": "n[1-2]"},
+        {"SPARE": SPARE, "SLURM_JOB_RESERVATION": "course"},
+        {"SPARE": SPARE, "SHOW_FAILS": "1"},
+    ],
+    ids=["none", "drained", "silent", "kind", "excluded", "named", "reserved", "unknown"],
+)
+def test_a_node_stays_where_the_job_would_wait_for_another_for_ever(
+    tmp_path: Path, calls: Path, cluster: dict[str, str]
+) -> None:
+    attempts = Attempts(tmp_path / "run")
+    attempts.begin("77", ["n1", "n2"])
+    attempts.end("77", "failed", blamed="n2")
+    assert "n2 failed twice but is not left out" in fail_with_progress(tmp_path, 1, **cluster)
+    assert asked(calls) == ["scontrol requeue 77"]
 
 
 def test_a_run_that_cannot_progress_is_not_queued_again(tmp_path: Path, calls: Path) -> None:
@@ -118,16 +123,16 @@ def test_a_run_that_cannot_progress_is_not_queued_again(tmp_path: Path, calls: P
     assert calls.read_text().count("scontrol requeue") == 1
 
 
-@pytest.mark.parametrize("state", ["COMPLETING", ""])
+@pytest.mark.parametrize("state", ["COMPLETING|None", ""])
 def test_a_job_that_slurm_is_ending_asks_for_nothing(
     tmp_path: Path, calls: Path, state: str
 ) -> None:
     """A cancelled job must not come back, and a preempted one is back by itself."""
     saved = f"touch {tmp_path}/run/requeue"
-    programs = tmp_path / "bin" / "squeue"
-    programs.write_text(f"#!/bin/bash\necho {state}\n")
-    done = train(tmp_path, SRUN=saved, SRUN_CODE="1")
+    done = train(tmp_path, SRUN=saved, SRUN_CODE="1", JOB_STATE=state)
     assert done.returncode == 1
+    assert "SLURM is ending job 77" in done.stderr
+    assert "cancelled, it does not: submit it again" in " ".join(done.stderr.split())
     assert "scontrol requeue" not in calls.read_text()
     # The next start learns from the run's file how this one ended.
     assert starts(tmp_path) == ["running"]
@@ -135,11 +140,65 @@ def test_a_job_that_slurm_is_ending_asks_for_nothing(
     assert starts(tmp_path)[0] == "stopped"
 
 
-def test_a_cluster_that_forbids_requeues_is_told_of(tmp_path: Path, calls: Path) -> None:
+def test_a_job_that_came_to_its_time_limit_goes_on_and_says_what_was_too_slow(
+    tmp_path: Path, calls: Path
+) -> None:
+    late = {"SRUN_CODE": "1", "JOB_STATE": "COMPLETING|TimeLimit"}
+    done = train(tmp_path, **late, TORCH_ELASTIC_SHUTDOWN_TIMEOUT="300")
+    assert done.returncode == 1
+    message = " ".join(done.stderr.split())
+    assert "it had not stopped 300 s after it was asked to" in message
+    assert "stop_lead_s" in message
+    assert asked(calls) == ["scontrol requeue 77"]
+    # It is counted as lost, so one that never saves in time ends as well.
+    train(tmp_path, **late)
+    done = train(tmp_path, **late)
+    assert "2 starts of job 77 in a row ended without a new checkpoint" in done.stderr
+    assert len(asked(calls)) == 2
+
+
+@pytest.mark.parametrize(
+    ("program", "times"), [("squeue", 4), ("squeue", 99), ("scontrol", 4)], ids=str
+)
+def test_a_controller_that_does_not_answer_does_not_end_a_run(
+    tmp_path: Path, calls: Path, program: str, times: int
+) -> None:
+    away = f"echo {times} >{tmp_path}/bin/{program}.fails; touch {tmp_path}/run/requeue"
+    done = train(tmp_path, SRUN=away, SRUN_CODE="1")
+    assert asked(calls) == ["scontrol requeue 77"], done.stderr
+    assert ("taken as not" in done.stderr) == (times == 99)
+
+
+def test_a_site_that_forbids_requeues_is_told_of(tmp_path: Path, calls: Path) -> None:
     done = train(tmp_path, SRUN=f"touch {tmp_path}/run/requeue", SRUN_CODE="1", REQUEUE_CODE="1")
     assert done.returncode == 1
-    assert "this cluster does not let a job queue itself again" in done.stderr
-    assert "submit the run again" in " ".join(done.stderr.split())
+    assert "error: SLURM did not queue job 77 again" in done.stderr
+    assert "submit the same again" in " ".join(done.stderr.split())
+
+
+def test_a_run_that_another_job_trains_is_not_begun(tmp_path: Path, calls: Path) -> None:
+    Attempts(tmp_path / "run").begin("70", ["n3"])
+    done = train(tmp_path, OTHERS="70")
+    assert done.returncode == 1
+    assert "job 70 is training" in done.stderr
+    assert not calls.exists()
+    # Negative control: that job is gone.
+    assert train(tmp_path, OTHERS="71").returncode == 0
+
+
+def test_a_yaml_that_was_changed_since_moves_no_job_to_another_run(
+    tmp_path: Path, calls: Path
+) -> None:
+    """The YAML becomes another run's while the ranks run; the end is of the run that began."""
+    config = tmp_path / "run.yaml"
+    edit = f"sed -i 's#{tmp_path}/run#{tmp_path}/other#' {config}; touch {tmp_path}/run/requeue"
+    done = train(tmp_path, SRUN=edit, SRUN_CODE="1")
+    assert starts(tmp_path) == ["stopped"], done.stderr
+    assert asked(calls) == ["scontrol requeue 77"]
+    done = run_script("slurm.sbatch", "--config", str(config), SLURM_RESTART_COUNT="1")
+    assert done.returncode == 1
+    assert f"{tmp_path}/other has no start of it" in done.stderr
+    assert not (tmp_path / "other").exists()
 
 
 def test_ranks_that_do_not_divide_the_run_start_nothing(tmp_path: Path, calls: Path) -> None:
@@ -152,7 +211,8 @@ def test_ranks_that_do_not_divide_the_run_start_nothing(tmp_path: Path, calls: P
 
 def test_a_container_holds_every_python(tmp_path: Path, calls: Path) -> None:
     """The image's interpreter counts the starts, too; srun answers here in its place."""
-    answer = f'case "$*" in *" begin "*) echo 20077 {tmp_path};; *" end "*) echo done;; esac'
+    logs = tmp_path / "run" / "launch" / "start_001"
+    answer = f'case "$*" in *" begin "*) echo 20077 {logs};; *" end "*) echo done;; esac'
     done = train(
         tmp_path,
         COMPLETEDP_CONTAINER="image.sqsh",
@@ -164,55 +224,10 @@ def test_a_container_holds_every_python(tmp_path: Path, calls: Path) -> None:
     where = "--container-image=image.sqsh --container-workdir=" + os.getcwd()
     where += " --container-mounts=/data:/data"
     alone = f"srun --nodes=1 --ntasks=1 --nodelist=n1 {where} python3 -m megatron_completedp.launch"
-    assert begin.startswith(f"{alone} begin --job 77 --nodes n1 n2 --processes 4 --tries 2 -- ")
+    assert begin.startswith(f"{alone} begin --job 77 --nodes n1 n2 --processes 4 --tries 2 ")
     assert f"{where} bash -c" in ranks
-    assert end.startswith(f"{alone} end --job 77 --tries 2 --exit-code 0 -- ")
-
-
-@pytest.mark.parametrize("name", ["slurm.sbatch", "slurm_array.sbatch"])
-def test_started_without_sbatch_the_scripts_say_so(name: str) -> None:
-    done = run_script(name, "search", SLURM_JOB_ID="")
-    assert done.returncode == 1
-    assert "submit this script with sbatch" in done.stderr
-
-
-@pytest.mark.parametrize(
-    ("words", "command"),
-    [
-        (["preprocess", "--merge", "all"], "data preprocess --workers 8 --merge all"),
-        (["ladder", "--config", "w.yaml"], "check transfer --config w.yaml"),
-        (["search", "--config", "s.yaml"], "search worker --config s.yaml"),
-    ],
-)
-def test_a_task_of_an_array(calls: Path, words: list[str], command: str) -> None:
-    done = run_script("slurm_array.sbatch", *words)
-    assert done.returncode == 0, done.stderr
-    python = f"{sys.prefix}/bin/python"
-    assert calls.read_text() == f"srun --ntasks=1 {python} -m megatron_completedp.{command}\n"
-
-
-@pytest.mark.parametrize(
-    ("code", "state", "asks"),
-    [("75", "RUNNING", True), ("75", "COMPLETING", False), ("1", "RUNNING", False)],
-)
-def test_a_stopped_task_is_queued_again(calls: Path, code: str, state: str, asks: bool) -> None:
-    done = run_script("slurm_array.sbatch", "search", SRUN_CODE=code, JOB_STATE=state)
-    assert done.returncode == int(code)
-    assert ("scontrol requeue 77" in calls.read_text()) == asks
-
-
-def test_bad_words(calls: Path) -> None:
-    done = run_script("slurm_array.sbatch", "serch")
-    assert done.returncode == 2
-    assert "the command is 'serch'; expected preprocess, ladder or search" in done.stderr
-    for processes in ("0", "9", "two", "--config"):
-        done = run_script("local.sh", processes)
-        assert done.returncode == 2
-        assert f"the number of processes is '{processes}'; expected 1 to 8" in done.stderr
-    done = run_script("local.sh", "2", COMPLETEDP_VENV="/nowhere")
-    assert done.returncode == 2
-    assert "there is no /nowhere/bin/python" in done.stderr
-    assert not calls.exists()
+    ended = f"--run-dir {tmp_path}/run --tries 2 --exit-code 0 --spare 0"
+    assert end == f"{alone} end --job 77 {ended}"
 
 
 def test_a_taken_port_is_passed_over() -> None:

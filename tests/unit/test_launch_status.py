@@ -9,8 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from launch_samples import write_config
-from test_launch_submit import fake, launch
+from launch_samples import fake, launch, write_config
 
 from megatron_completedp.launch.attempts import Attempts
 
@@ -20,7 +19,7 @@ def write_run(folder: Path, *, step: int) -> Path:
     config, run_dir = write_config(folder), folder / "run"
     attempts = Attempts(run_dir)
     attempts.begin("7", ("n1", "n2"))
-    attempts.end("failed", "rank 1 on n2 was ended by SIGKILL", "n2")
+    attempts.end("7", "failed", "rank 1 on n2 was ended by SIGKILL", "n2")
     attempts.begin("7", ("n1", "n3"))
     shutil.copy(config, run_dir / "config.yaml")
     rows = [
@@ -59,6 +58,32 @@ def test_a_run_in_the_queue(
     assert lines["logs"] == str(run_dir / "launch" / "start_002")
 
 
+@pytest.mark.parametrize("row", ["7|PENDING|(BeginTime)|(null)", ""], ids=["waits", "stopped"])
+def test_no_end_is_expected_of_a_run_that_no_job_trains(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], row: str
+) -> None:
+    run_dir = write_run(tmp_path, step=90)
+    fake(tmp_path / "bin", monkeypatch, squeue=f"echo '{row}'", sacct="exit 1")
+    assert launch(monkeypatch, "status", str(run_dir)) == 0
+    lines = shown(capsys)
+    assert "expected end" not in lines
+    assert lines["left"] == "0.10 h of training; no job is known to run"
+    # Queued by hand it has no comment, but its start is known.
+    assert lines.get("job", "") == ("7 PENDING (BeginTime)" if row else "")
+
+
+def test_a_run_that_waits_for_its_first_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As examples/pipeline queues it: nothing has made its folder yet."""
+    run_dir = tmp_path / "run"
+    fake(tmp_path / "bin", monkeypatch, squeue=f"echo '7|PENDING|(Dependency)|{run_dir}'")
+    assert launch(monkeypatch, "status", str(run_dir)) == 0
+    lines = shown(capsys)
+    assert lines["job"] == "7 PENDING (Dependency)"
+    assert lines["progress"] == "no step yet"
+
+
 def test_a_job_that_has_left_the_queue_is_in_the_accounting(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -85,6 +110,7 @@ def test_without_slurm_the_folder_alone_speaks(
     lines = shown(capsys)
     assert lines["jobs"].startswith("unknown: there is no squeue here")
     assert lines["progress"].startswith("step 90 of 100")
+    assert lines["left"] == "0.10 h of training; no job is known to run"
 
 
 def test_a_run_that_has_not_begun_and_one_that_is_none(
@@ -95,4 +121,5 @@ def test_a_run_that_has_not_begun_and_one_that_is_none(
     assert launch(monkeypatch, "status", str(tmp_path / "run")) == 0
     assert shown(capsys)["progress"] == "no step yet"
     assert launch(monkeypatch, "status", str(tmp_path / "none")) == 1
-    assert "none does not exist; expected the run_dir" in capsys.readouterr().err
+    message = capsys.readouterr().err
+    assert "none does not exist, and no job waits for it; expected the run_dir" in message
