@@ -28,8 +28,8 @@ queue() {
   sbatch --parsable --job-name="$name" --output="$out/logs/$name-%j.log" \
     ${before:+--dependency=afterok:$before} --kill-on-invalid-dep=yes "${@:3}"
 }
-# The command line of one Python process as a job.
-python() { echo "--wrap=root='$root'; . '${COMPLETEDP_ENV:-launch/env.sh}'; exec \"\$python\" $*"; }
+# A command line as a job; $python in it is that of env.sh.
+line() { echo "--wrap=root='$root'; . '${COMPLETEDP_ENV:-launch/env.sh}'; $*"; }
 
 job=$(queue preprocess "" --array=0-1 launch/slurm_array.sbatch preprocess --config $here/preprocess.yaml)
 echo "preprocess  $job  (2 tasks)"
@@ -37,11 +37,14 @@ job=$(queue ladder "$job" --array=0-1 launch/slurm_array.sbatch ladder --config 
 echo "ladder      $job  (2 tasks; fails if the best learning rate moves too far)"
 job=$(queue search "$job" --array=0-1 launch/slurm_array.sbatch search --config $here/search.yaml)
 echo "search      $job  (2 tasks)"
-job=$(queue recipe "$job" "$(python -m megatron_completedp.search recipe --config $here/search.yaml \
-  --to $out/recipe.yaml)")
+job=$(queue recipe "$job" "$(line '"$python" -m megatron_completedp.search recipe' \
+  --config $here/search.yaml --to $out/recipe.yaml)")
 echo "recipe      $job"
-job=$(COMPLETEDP_PROCESSES=1 queue target "$job" --nodes=2 launch/slurm.sbatch \
-  --config $here/target.yaml --recipe $out/recipe.yaml)
+# By its comment, the run's folder, `launch status` and `launch train` know the job before it starts.
+job=$(COMPLETEDP_PROCESSES=1 queue target "$job" --nodes=2 --comment="$(realpath -m $out/target)" \
+  launch/slurm.sbatch --config $here/target.yaml --recipe $out/recipe.yaml)
 echo "target      $job  (2 nodes; python -m megatron_completedp.launch status $out/target)"
-job=$(queue export "$job" "$(python -m megatron_completedp.convert to-hf $out/target --out $out/hf)")
+# As in launch/quickstart.sh: a model that is there is not converted again.
+job=$(queue export "$job" "$(line "[ -d $out/hf ] ||" '"$python" -m megatron_completedp.convert to-hf' \
+  $out/target --out $out/hf)")
 echo "export      $job  (writes $out/hf)"
