@@ -54,7 +54,7 @@ def lines() -> Iterator[dict]:
         key = Key("change", "residual", "last", STEP)
         yield _line(3, "completedp", bench, depth, key)
         yield _line(3, "no multiplier", bench, depth, key, no_multiplier)
-    near = eps.eps_at_gradient(base, SEEDS)
+    near = eps.eps_at_gradient(base)
     with Bench(near, None, steps=eps.STEPS) as bench:
         key = Key("update", "embedding", "", 0)
         yield _line(1, "completedp", bench, width, key)

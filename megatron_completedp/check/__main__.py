@@ -102,6 +102,8 @@ def _run_check(name: str, argv: Sequence[str]) -> int:
         write_report(out, report)
         print(print_report(report))
         print(f"\n{out / 'report.html'}")
+        if report.afterwards:
+            print(report.afterwards())
     return 0 if report.passed else 1
 
 

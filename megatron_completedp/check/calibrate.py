@@ -12,7 +12,7 @@ from megatron_completedp.check.drift import LadderResult, best_of
 from megatron_completedp.check.ladder import Ladder
 from megatron_completedp.data.atomic import atomic_write
 from megatron_completedp.errors import CompletedPError
-from megatron_completedp.study.fit import Interval, bootstrap, slope
+from megatron_completedp.study.fit import Interval, Slope, bootstrap, slope
 
 #: The line of a run's YAML that holds the exponent, with its comment.
 _LINE = re.compile(r"^duration_exponent:.*\n?", re.MULTILINE)
@@ -24,6 +24,9 @@ class Exponent:
 
     value: float
     interval: Interval
+    """Over the seeds: how they move the optima, and the line with them."""
+    line_error: float
+    """Standard error of the line's slope, from how far the optima lie from it; NaN for two."""
 
 
 def fitted_exponent(ladder: Ladder, result: LadderResult) -> Exponent:
@@ -39,14 +42,19 @@ def fitted_exponent(ladder: Ladder, result: LadderResult) -> Exponent:
         applied = ladder.base.rules.duration_exponent
     log2_durations = [math.log2(item.size) for item in result.sizes]
 
-    def exponent(drawn: Sequence[int]) -> float:
+    def line(drawn: Sequence[int]) -> Slope:
         best = [
             best_of(item.seeds, drawn, window=ladder.settings.window).x for item in result.sizes
         ]
-        return applied - slope(log2_durations, best).value
+        return slope(log2_durations, best)
 
     count = len(ladder.settings.seeds)
-    return Exponent(exponent(range(count)), bootstrap(count, exponent))
+    whole = line(range(count))
+    return Exponent(
+        value=applied - whole.value,
+        interval=bootstrap(count, lambda drawn: applied - line(drawn).value),
+        line_error=whole.standard_error,
+    )
 
 
 def write_exponent(path: Path, exponent: Exponent) -> str:
@@ -65,7 +73,9 @@ def write_exponent(path: Path, exponent: Exponent) -> str:
     low, high = exponent.interval.low, exponent.interval.high
     comment = "no interval: too few seeds"
     if not math.isnan(low):
-        comment = f"95 % interval [{low:.3f}, {high:.3f}]"
+        comment = f"95 % over seeds [{low:.3f}, {high:.3f}]"
+    if not math.isnan(exponent.line_error):
+        comment += f", standard error of the line {exponent.line_error:.3f}"
     line = f"duration_exponent: {value}  # fitted by check transfer, {comment}\n"
     text = path.read_text(encoding="utf-8")
     text, found = _LINE.subn(line, text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ from statistics import fmean
 
 from megatron_completedp.check import expected
 from megatron_completedp.check.figures import change_figure
-from megatron_completedp.check.measure import Bench, Key, Ladder, slopes
+from megatron_completedp.check.measure import Bench, Key, Ladder, diverged, slopes
 from megatron_completedp.check.settings import command_line
 from megatron_completedp.check.sizes import base_run
 from megatron_completedp.core.tables import Parametrization
@@ -68,6 +69,7 @@ def run(settings: CoordinateSettings, out: Path) -> Report:
     with Bench(base, out, steps=STEPS) as bench:
         for ladder in ladders:
             found, points = slopes(bench, ladder)
+            findings += divergence(bench, ladder)
             findings += examine(ladder, found, STEPS)
             if ladder.axis in ("width", "depth"):
                 figures.append(change_figure(ladder, points, STEPS))
@@ -121,6 +123,18 @@ def finding(
         high=band.high,
         note=band.note,
     )
+
+
+def divergence(bench: Bench, ladder: Ladder) -> Iterator[Finding]:
+    """A finding that fails for every engine of `ladder` that diverged."""
+    for ratio, seed in diverged(bench, ladder):
+        yield Finding(
+            what=f"{ladder.axis} x {ratio:g} (alpha {ladder.alpha:g}), seed {seed}: diverged",
+            value=math.nan,
+            low=0,
+            high=0,
+            note="no slope of this ladder can be read; lower the base's learning rate",
+        )
 
 
 def places(found: dict[Key, float], quantity: str) -> list[tuple[str, str]]:

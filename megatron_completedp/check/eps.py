@@ -6,13 +6,12 @@ put at the RMS of its own gradient at the base, and the rules have to carry it f
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import fmean
 
 from megatron_completedp.check import expected
-from megatron_completedp.check.coordinate import describe, finding, places
+from megatron_completedp.check.coordinate import describe, divergence, finding, places
 from megatron_completedp.check.figures import ladder_figure
 from megatron_completedp.check.measure import Bench, Key, Ladder, slopes
 from megatron_completedp.check.settings import command_line
@@ -48,6 +47,8 @@ class EpsSettings:
     """Ratios of the width to the base's."""
     depths: tuple[float, ...] = (1, 2, 4)
     """Ratios of the depth to the base's."""
+    alphas: tuple[float, ...] = (1, 0.5)
+    """Depth exponents that the ladder of depths is measured at."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds of weights and data, over which slopes are averaged."""
 
@@ -55,19 +56,22 @@ class EpsSettings:
 def run(settings: EpsSettings, out: Path) -> Report:
     """Measure updates and decay along the ladders of `settings`, which must all be flat."""
     base = base_run(settings.run, settings.parametrization)
-    alpha = base.rules.depth_alpha
     ladders = [
-        Ladder(axis="width", ratios=settings.widths, seeds=settings.seeds, alpha=alpha),
-        Ladder(axis="depth", ratios=settings.depths, seeds=settings.seeds, alpha=alpha),
-        Ladder(axis="batch", ratios=(1, 4), seeds=settings.seeds[:1], alpha=alpha),
-        Ladder(axis="duration", ratios=(1, 4), seeds=settings.seeds[:1], alpha=alpha),
+        Ladder(axis="width", ratios=settings.widths, seeds=settings.seeds),
+        *(
+            Ladder(axis="depth", ratios=settings.depths, seeds=settings.seeds, alpha=alpha)
+            for alpha in settings.alphas
+        ),
+        Ladder(axis="batch", ratios=(1, 4), seeds=settings.seeds[:1]),
+        Ladder(axis="duration", ratios=(1, 4), seeds=settings.seeds[:1]),
     ]
     findings: list[Finding] = []
     figures = []
-    near = eps_at_gradient(base, settings.seeds)
+    near = eps_at_gradient(base)
     with Bench(near, out, steps=STEPS, optimizer=True) as bench:
         for ladder in ladders:
             found, points = slopes(bench, ladder)
+            findings += divergence(bench, ladder)
             findings += examine(ladder, found, base.rules.depth_weight_decay)
             if ladder.axis in ("width", "depth"):
                 figures.append(ladder_figure(ladder, points, "update", 0, {"": 0.0}))
@@ -83,15 +87,19 @@ def run(settings: EpsSettings, out: Path) -> Report:
     )
 
 
-def eps_at_gradient(base: RunConfig, seeds: Sequence[int]) -> RunConfig:
-    """`base` with eps of each module type at the RMS of its first gradient, and decay on."""
-    ladder = Ladder(axis="width", ratios=(1,), seeds=tuple(seeds))
+def eps_at_gradient(base: RunConfig) -> RunConfig:
+    """`base` with eps of each module type at the RMS of its first gradient, and decay on.
+
+    The gradient is that of the base's own seed, whatever seeds are measured: with another eps, what
+    was measured with some seeds could not be joined by others.
+    """
+    ladder = Ladder(axis="width", ratios=(1,), seeds=(base.seed,))
     with Bench(base, None, steps=STEPS) as bench:
-        measured = [bench.series(ladder, 1, seed) for seed in seeds]
-    # Three digits: a restart must not be refused for the last bits of a gradient.
+        measured = bench.series(ladder, 1, base.seed)
+    # Two digits: a restart must not be refused for the last bits of a gradient.
     eps = {
-        Module(key.name): float(f"{2 ** fmean(series[key] for series in measured):.3g}")
-        for key in measured[0]
+        Module(key.name): float(f"{2**value:.2g}")
+        for key, value in measured.items()
         if (key.quantity, key.step) == ("gradient", 0)
     }
     return replace(

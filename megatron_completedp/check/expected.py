@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from megatron_completedp.core.roles import OUTSIDE_STACK, Module
+from megatron_completedp.core.tables import Parametrization
 from megatron_completedp.study.sizes import Axis
 
 _BRANCHES = ("attention_branch", "mlp_branch")
@@ -58,7 +59,7 @@ def _change_at_small_alpha(name: str, alpha: float) -> Band:
     order in the two falls further.
     """
     if name in ("residual", *_OUTSIDE):
-        return _around(0, 0.2)
+        return _around(0, 0.2, "alpha below 1: wider, as branches add at random and in common")
     low, note = alpha - 1, "between alpha - 1 (own weights) and 0 (the stream)"
     if name in _BRANCHES:
         return Band(low - alpha - 0.2, -alpha + 0.1, note)
@@ -77,20 +78,28 @@ def contribution(name: str, axis: Axis, alpha: float) -> Band:
         return Band(alpha - 1.4, alpha - 0.7, note)
     if name in _QK_GAINS:
         return _around(0, 0.3, "head_dim numbers: noisy")
-    return _around(0, 0.2)
+    return _around(0, 0.2, "wider than a change: one weight's part of it scatters more")
 
 
-def gradient(name: str, axis: Axis, alpha: float) -> Band:
-    """RMS gradient: 1/N upstream of the readout, m_L^-alpha inside a branch."""
+def gradient(
+    name: str, axis: Axis, alpha: float, parametrization: Parametrization = "completedp"
+) -> Band:
+    """RMS gradient: 1/N upstream of the readout, m_L^-alpha inside a branch.
+
+    The readout's own falls with 1/N only where a multiplier divides the logits (`completep`).
+    """
     if axis == "depth":
         exponent = 0 if name in _OUTSIDE else -alpha
         if name in _QK_GAINS:
             return _around(exponent, 0.4, "head_dim numbers of one layer: noisy")
-        return _around(exponent, 0.25 if alpha < 1 else 0.15)
+        if alpha < 1:
+            return _around(exponent, 0.25, "alpha below 1: wider, as the stream itself grows")
+        return _around(exponent, 0.15)
     if name in _QK_GAINS:
         note = "0 if the heads' terms agree (the table's eps), -1/2 if they are independent"
         return _around(0, 0.6, note)
-    return _around(0 if name == Module.UNEMBEDDING else -1, 0.15)
+    flat = name == Module.UNEMBEDDING and parametrization != "completep"
+    return _around(0 if flat else -1, 0.15)
 
 
 def update(name: str, axis: Axis) -> Band:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_completedp.check import expected
-from megatron_completedp.check.coordinate import describe, finding, places
+from megatron_completedp.check.coordinate import describe, divergence, finding, places
 from megatron_completedp.check.figures import ladder_figure
 from megatron_completedp.check.measure import Bench, Key, Ladder, slopes
 from megatron_completedp.check.settings import command_line
@@ -53,15 +53,17 @@ def run(settings: GradientSettings, out: Path) -> Report:
             for alpha in settings.alphas
         ),
     ]
+    parametrization = base.rules.parametrization
     findings: list[Finding] = []
     figures = []
     with Bench(base, out, steps=STEPS) as bench:
         for ladder in ladders:
             found, points = slopes(bench, ladder)
-            findings += examine(ladder, found, STEPS)
+            findings += divergence(bench, ladder)
+            findings += examine(ladder, found, STEPS, parametrization)
             if ladder.alpha == 1:
                 exponents = {
-                    name: expected.gradient(name, ladder.axis, ladder.alpha).middle
+                    name: expected.gradient(name, ladder.axis, 1, parametrization).middle
                     for name, _ in places(found, "gradient")
                 }
                 figures.append(ladder_figure(ladder, points, "gradient", 0, exponents))
@@ -76,8 +78,13 @@ def run(settings: GradientSettings, out: Path) -> Report:
     )
 
 
-def examine(ladder: Ladder, found: dict[Key, float], steps: Sequence[int]) -> Iterator[Finding]:
+def examine(
+    ladder: Ladder,
+    found: dict[Key, float],
+    steps: Sequence[int],
+    parametrization: Parametrization = "completedp",
+) -> Iterator[Finding]:
     """The findings of one ladder from the slopes at all of `steps` but the last."""
     for name, where in places(found, "gradient"):
-        band = expected.gradient(name, ladder.axis, ladder.alpha)
+        band = expected.gradient(name, ladder.axis, ladder.alpha, parametrization)
         yield finding(ladder, found, ("gradient", name, where), steps[:-1], band)

@@ -12,7 +12,6 @@ from typing import Any
 from megatron_completedp.check.transfer_settings import TransferSettings
 from megatron_completedp.config.load import identity
 from megatron_completedp.config.run import RunConfig
-from megatron_completedp.core.ratios import Ratios
 from megatron_completedp.core.tables import Parametrization
 from megatron_completedp.errors import ConfigError
 from megatron_completedp.plan.run_plan import Plan
@@ -42,6 +41,12 @@ class Ladder:
         self.runs = runs
         # Asked for after every round; resolving the rules of a deep model takes milliseconds.
         self._configs: dict[tuple[Parametrization, int, float], tuple[RunConfig, str]] = {}
+        if settings.calibrate_duration and base.recipe is not None:
+            raise ConfigError(
+                f"calibrate_duration is on, and {settings.run} takes its rules from a recipe; "
+                "expected a run with rules of its own, into which the exponent can be written. "
+                "Write the recipe's values out (they are in the run folder's config.yaml)."
+            )
         if getattr(base.hyperparams, settings.swept) == 0:
             raise ConfigError(
                 f"hyperparams.{settings.swept} is 0 in the base run, and its multiples are too; "
@@ -58,15 +63,19 @@ class Ladder:
             "axis": self.settings.axis,
             "swept": self.settings.swept,
             "samples": self.base.evaluation.samples,
-            "run": identity(self.base, "seed", "parametrization"),
+            # A run's name has the hash of its numbers, so that a fitted exponent may be written
+            # into the base without its rows being refused.
+            "run": identity(self.base, "seed", "parametrization", "duration_exponent"),
         }
 
     @cached_property
     def reference(self) -> int:
         """The size from which the best value is carried over: the base's own, else the smallest."""
-        smallest = min(self.settings.sizes)
-        at_base = (size for size in self.settings.sizes if self.sized(size).ratios == Ratios())
-        return next(at_base, smallest)
+
+        def at_base(size: int) -> bool:
+            return all(ratio == 1 for _, ratio in self._moves(size))
+
+        return next(filter(at_base, self.settings.sizes), min(self.settings.sizes))
 
     def sized(self, size: int) -> RunConfig:
         """The base run grown to `size`, with the base's hyperparameters and one evaluation."""

@@ -31,9 +31,14 @@ from megatron_completedp.config.run import RunConfig
 from megatron_completedp.core.ratios import Ratios
 from megatron_completedp.core.tables import Table
 from megatron_completedp.errors import ConfigError, TrainingDiverged
+from megatron_completedp.plan.run_plan import Plan
 from megatron_completedp.study.fit import slope
+from megatron_completedp.study.points import numbers_hash
 from megatron_completedp.study.results import Results
 from megatron_completedp.study.sizes import Axis, moved
+
+#: What names a row.
+_LABELS = ("axis", "ratio", "alpha", "seed", "numbers")
 
 #: Places whose input has passed through half a layer more than the layer's own input.
 _SECOND_HALF = frozenset({"mlp_norm", "gate", "up", "down", "mlp_branch"})
@@ -132,7 +137,15 @@ class Bench:
         if at_base:
             # The same engine on every axis; only along depth are its layers averaged otherwise.
             axis, alpha = ("depth" if axis == "depth" else "width"), 1.0
-        labels: dict[str, Any] = {"axis": axis, "ratio": ratio, "alpha": alpha, "seed": seed}
+        labels: dict[str, Any] = {
+            "axis": axis,
+            # Flags and YAML give floats for what a default may have as an int.
+            "ratio": float(ratio),
+            "alpha": float(alpha),
+            "seed": seed,
+            # A row of other rules, or of another default, is no measurement of these.
+            "numbers": numbers_hash(Plan.of(config)),
+        }
         name, keep = _point(labels), table is None or at_base
         if keep and name in self._known:
             return self._known[name]
@@ -167,7 +180,8 @@ def slopes(
 ) -> tuple[dict[Key, float], dict[Key, dict[float, float]]]:
     """The slope of every series along `ladder`, and the points: mean log2 RMS by ratio.
 
-    A series that diverged anywhere has a slope of NaN. Raises ConfigError for a ladder of one size.
+    A series that diverged anywhere has a slope of NaN; `diverged` says where. Raises ConfigError
+    for a ladder of one size.
     """
     if len(set(ladder.ratios)) < 2:
         raise ConfigError(
@@ -191,6 +205,16 @@ def slopes(
         for key, by_ratio in points.items()
     }
     return found, points
+
+
+def diverged(bench: Bench, ladder: Ladder) -> list[tuple[float, int]]:
+    """(ratio, seed) of the engines of `ladder` that diverged."""
+    return [
+        (ratio, seed)
+        for ratio in sorted(set(ladder.ratios))
+        for seed in ladder.seeds
+        if not bench.series(ladder, ratio, seed)
+    ]
 
 
 def summarize(records: Sequence[Record], axis: Axis, num_layers: int) -> Series:
@@ -227,7 +251,7 @@ def _where(record: Record, axis: Axis, num_layers: int) -> list[str]:
 
 
 def _point(labels: Mapping[str, Any]) -> str:
-    return "/".join(str(labels[name]) for name in ("axis", "ratio", "alpha", "seed"))
+    return "/".join(str(labels.get(name)) for name in _LABELS)
 
 
 def _series(row: Mapping[str, Any]) -> Series:

@@ -6,7 +6,8 @@ see at this size are named, with the reason.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import hashlib
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -23,6 +24,7 @@ from megatron_completedp.core.render import markdown_table
 from megatron_completedp.core.roles import BIAS_ROLES, Role
 from megatron_completedp.core.tables import Rules, build_table
 from megatron_completedp.core.tables import Table as Rulebook
+from megatron_completedp.errors import ConfigError
 from megatron_completedp.study.report import Finding, Report, Table
 from megatron_completedp.study.results import Results
 from megatron_completedp.study.sizes import Axis
@@ -35,6 +37,9 @@ _FACTORS = {"m_N": M_N, "m_L": M_L, "m_B": M_B, "m_D": M_D}
 GLOBAL = "global"
 _GLOBAL_COLUMNS = ("residual_multiplier", "logit_multiplier", "one_minus_beta")
 _ROW_COLUMNS = ("init_variance", "lr", "eps", "weight_decay")
+
+#: Roles of the table that a model without biases has.
+_ROLES = tuple(role for role in Role if role not in BIAS_ROLES)
 
 #: What is added to an exponent.
 CHANGES = (Fraction(1, 2), Fraction(-1, 2))
@@ -69,7 +74,7 @@ class Cell:
 class MutationSettings:
     """What the mutation test changes."""
 
-    rows: tuple[str, ...] = (*(role.value for role in Role if role not in BIAS_ROLES), GLOBAL)
+    rows: tuple[str, ...] = (*(role.value for role in _ROLES), GLOBAL)
     """Rows of the table to change, and `global` for the factors outside of them."""
     symbols: tuple[str, ...] = ("m_N", "m_L", "m_B", "m_D")
     """Ratios whose exponents are changed."""
@@ -82,7 +87,10 @@ def run(settings: MutationSettings, out: Path) -> Report:
 
     Writes mutation.md, the table for the README, into `out`.
     """
-    results = Results(out / "results.jsonl", {"ratios": RATIOS, "steps": STEPS})
+    _check_names("rows", settings.rows, (*(role.value for role in _ROLES), GLOBAL))
+    _check_names("symbols", settings.symbols, AXES)
+    meaning = {"ratios": RATIOS, "steps": STEPS, "seeds": settings.seeds, "code": _code_digest()}
+    results = Results(out / "results.jsonl", meaning)
     caught: dict[str, dict[str, list[str]]] = {row["cell"]: row["by"] for row in results.rows()}
     chosen = [
         cell
@@ -125,7 +133,7 @@ class Examiner:
 
     def __enter__(self) -> Examiner:
         base = small_base()
-        near = eps.eps_at_gradient(base, self._seeds)
+        near = eps.eps_at_gradient(base)
         # One layout for both: entering the second would set up Megatron's groups again.
         self._bench = self._stack.enter_context(Bench(base, None, steps=STEPS))
         self._eps_bench = self._bench.beside(near, steps=eps.STEPS, optimizer=True)
@@ -157,6 +165,23 @@ class Examiner:
         groups["eps"] = list(eps.examine(ladder, found, self._rules.depth_weight_decay))
         for check, findings in groups.items():
             yield from ((check, finding.what) for finding in findings if not finding.passed)
+
+
+def _check_names(setting: str, names: Sequence[str], known: Collection[str]) -> None:
+    """Raise ConfigError for a row or a symbol that the table does not have."""
+    for name in names:
+        if name not in known:
+            raise ConfigError(f"{setting} has {name!r}; expected some of {', '.join(known)}.")
+
+
+def _code_digest() -> str:
+    """Of the sources of the rules and the checks: a verdict of others is no verdict on these."""
+    digest = hashlib.sha256()
+    package = Path(__file__).parents[1]
+    for folder in ("core", "check"):
+        for path in sorted((package / folder).glob("*.py")):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def cells(table: Rulebook) -> Iterator[Cell]:

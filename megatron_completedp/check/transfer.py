@@ -10,11 +10,12 @@ import logging
 import math
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from megatron_completedp.check.calibrate import fitted_exponent, write_exponent
 from megatron_completedp.check.drift import LadderResult, SizeResult, analyse
-from megatron_completedp.check.ladder import Ladder, Row
+from megatron_completedp.check.ladder import Ladder
 from megatron_completedp.check.settings import command_line
 from megatron_completedp.check.transfer_base import small_base
 from megatron_completedp.check.transfer_figures import draw_loss_by_size, draw_sweeps
@@ -43,7 +44,7 @@ def run(settings: TransferSettings, out: Path) -> Report:
     train_missing(ladder, results)
     rows = results.rows()
     found = [analyse(ladder, name, rows) for name in settings.parametrizations]
-    return _report(ladder, found, rows)
+    return _report(ladder, found)
 
 
 def train_missing(ladder: Ladder, results: Results) -> None:
@@ -55,16 +56,17 @@ def train_missing(ladder: Ladder, results: Results) -> None:
         )
 
 
-def _report(ladder: Ladder, found: Sequence[LadderResult], rows: Sequence[Row]) -> Report:
+def _report(ladder: Ladder, found: Sequence[LadderResult]) -> Report:
     settings = ladder.settings
     (judged,) = (result for result in found if result.parametrization == settings.judged)
     findings = [judge(settings, judged)]
     findings += [compare(settings, result) for result in found if result is not judged]
     tables = [_sweep_table(ladder, result) for result in found]
     exceptions = _limits(settings, found)
+    afterwards = None
     if settings.calibrate_duration:
         exponent = fitted_exponent(ladder, judged)
-        exceptions.append(write_exponent(Path(settings.run), exponent))
+        afterwards = partial(write_exponent, Path(settings.run), exponent)
     if settings.axis == "duration" and settings.swept == "lr":
         tables.append(_exponent_table(ladder, found))
     swept = SWEPT_NAMES[settings.swept]
@@ -108,16 +110,19 @@ def _report(ladder: Ladder, found: Sequence[LadderResult], rows: Sequence[Row]) 
             ),
             "sizes": ", ".join(map(str, sorted(settings.sizes))),
             "seeds": ", ".join(map(str, settings.seeds)),
-            "runs": f"{len(rows)}, of which {sum(row['diverged'] for row in rows)} diverged",
+            "runs": _count(found),
             "optimum": f"parabola through the points within {settings.window:g} nats of the lowest",
         },
         exceptions=tuple(exceptions),
+        afterwards=afterwards,
     )
 
 
 def judge(settings: TransferSettings, judged: LadderResult) -> Finding:
     """The verdict on one parametrization; a size without an optimum fails it."""
     note = f"95 % interval {judged.span_interval}"
+    if judged.span <= settings.max_drift < judged.span_interval.high:
+        note += ", which reaches beyond the bound: more seeds would tell"
     if judged.problems:
         note = f"not bracketed: {'; '.join(judged.problems)}"
     return Finding(
@@ -196,15 +201,24 @@ def _exponent_table(ladder: Ladder, found: Sequence[LadderResult]) -> Table:
     rows = []
     for result in found:
         exponent = fitted_exponent(ladder, result)
-        rows.append(
-            (result.parametrization, _number(exponent.value, ".3f"), str(exponent.interval))
-        )
+        error = _number(exponent.line_error, ".3f")
+        interval = str(exponent.interval)
+        rows.append((result.parametrization, _number(exponent.value, ".3f"), interval, error))
     return Table(
         title="duration exponent p that the optima ask for",
-        header=("parametrization", "p", "interval"),
+        header=("parametrization", "p", "interval over seeds", "error of the line"),
         rows=tuple(rows),
-        note="best lr ~ m_D^-p, whatever part of it the parametrization already applies.",
+        note="best lr ~ m_D^-p, whatever part of it the parametrization already applies. The "
+        "interval knows how seeds move the optima; the error, of two durations unknown, how far "
+        "the optima are from one line. The larger one counts.",
     )
+
+
+def _count(found: Sequence[LadderResult]) -> str:
+    """Points of the sweeps, those of equal numbers under each of their names."""
+    sizes = [size for result in found for size in result.sizes]
+    losses = [loss for size in sizes for curve in size.seeds for loss in curve.values()]
+    return f"{len(losses)}, of which {sum(map(math.isinf, losses))} diverged"
 
 
 def _number(value: float, form: str) -> str:

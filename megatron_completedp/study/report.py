@@ -37,9 +37,14 @@ class Finding:
         return self.low <= self.value <= self.high
 
     @property
+    def held(self) -> bool:
+        """Whether there is a bound at all; without one it is there for comparison."""
+        return math.isfinite(self.low) or math.isfinite(self.high)
+
+    @property
     def bounds(self) -> str:
         """The bounds in words."""
-        if math.isinf(self.low) and math.isinf(self.high):
+        if not self.held:
             return "any number"
         if math.isinf(self.low):
             return f"at most {self.high:.4g}"
@@ -89,22 +94,28 @@ class Report:
     """What it was run with, formatted."""
     exceptions: tuple[str, ...] = ()
     """Documented exceptions, doubts, and what the study does not show."""
+    afterwards: Callable[[], str] | None = None
+    """What is left to do when the report's files are there; returns what was done."""
 
     @property
     def passed(self) -> bool:
-        """Whether every finding passed. A check that found nothing has shown nothing: it fails."""
-        return bool(self.findings) and all(finding.passed for finding in self.findings)
+        """Whether every finding passed. A check that held nothing has shown nothing: it fails."""
+        return bool(self._held) and all(finding.passed for finding in self.findings)
 
     @property
     def verdict(self) -> str:
         """The verdict in a line."""
-        count = len(self.findings)
+        count = len(self._held)
         failed = sum(not finding.passed for finding in self.findings)
         if self.passed:
             return f"PASSED: {count} of {count} findings within their bounds"
         if not count:
             return "FAILED: nothing was measured"
         return f"FAILED: {failed} of {count} findings outside their bounds"
+
+    @property
+    def _held(self) -> list[Finding]:
+        return [finding for finding in self.findings if finding.held]
 
 
 def report_json(report: Report) -> dict[str, Any]:

@@ -10,12 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from megatron_completedp.check import coordinate, eps, gradient
-from megatron_completedp.check.measure import Bench, Key, Ladder, slopes, summarize
+from megatron_completedp.check import coordinate, eps, expected, gradient
+from megatron_completedp.check.measure import Bench, Key, Ladder, Series, slopes, summarize
 from megatron_completedp.check.mutation import Cell, mutated
 from megatron_completedp.check.probe import Record
 from megatron_completedp.check.sizes import small_base
 from megatron_completedp.config.parallel import ParallelConfig
+from megatron_completedp.config.run import RunConfig
+from megatron_completedp.core.monomial import ALPHA, M_L, Monomial
 from megatron_completedp.core.tables import Rules, Table, build_table
 from megatron_completedp.errors import ConfigError
 from megatron_completedp.mcore.parallel import destroy_parallel, initialize_parallel
@@ -48,7 +50,7 @@ def bench(own_groups: None) -> Iterator[Bench]:
 @pytest.fixture(scope="module")
 def eps_bench(bench: Bench) -> Bench:
     destroy_parallel(keep_process_group=True)
-    near = eps.eps_at_gradient(small_base(), (0, 1))
+    near = eps.eps_at_gradient(small_base())
     initialize_parallel(bench._processes.platform, ParallelConfig(), timeout_s=60, seed=1)
     return bench.beside(near, steps=eps.STEPS, optimizer=True)
 
@@ -115,6 +117,34 @@ def test_decay_over_a_run_is_held_for_its_modules_alone(
     assert failed == {f"decay of {name}" for name in names}
 
 
+@pytest.mark.parametrize(
+    ("column", "factor", "names"),
+    [
+        ("eps", M_L ** (ALPHA - 1), {"update of q, middle", "update of down, middle"}),
+        ("lr", M_L ** (1 - ALPHA), {"decay of q, middle", "decay of down, middle"}),
+    ],
+)
+def test_a_wrong_alpha_is_seen_below_one(
+    eps_bench: Bench, column: str, factor: Monomial, names: set[str]
+) -> None:
+    """At alpha 1, where most runs are, m_L^-alpha and m_L^-1 are one, and no check can tell."""
+    table = build_table(Rules())
+    rows = {
+        role: replace(row, **{column: getattr(row, column) * factor})
+        for role, row in table.rows.items()
+    }
+    wrong_alpha = replace(table, rows=rows)
+    half = replace(DEPTH, alpha=0.5)
+    assert eps_failures(eps_bench, half) == set()
+    assert eps_failures(eps_bench, DEPTH, wrong_alpha) == set()
+    assert names <= eps_failures(eps_bench, half, wrong_alpha)
+
+
+def test_the_readouts_gradient_falls_where_a_multiplier_divides_the_logits() -> None:
+    assert expected.gradient("unembedding", "width", 1).middle == 0
+    assert expected.gradient("unembedding", "width", 1, "completep").middle == -1
+
+
 def test_windows_that_depend_on_width_are_seen(eps_bench: Bench) -> None:
     failed = eps_failures(eps_bench, WIDTH, wrong("global", "one_minus_beta", "m_N", 1))
     assert {"memory of embedding", "memory of unembedding", "memory of q"} <= failed
@@ -131,13 +161,36 @@ def test_where_training_starts_depends_on_neither_batch_nor_duration(
     assert "activation of embedding" in coordinate_failures(bench, ladder, table)
 
 
-def test_a_diverged_engine_fails_and_is_never_averaged() -> None:
+def test_an_engine_that_diverges_has_no_numbers() -> None:
     base = small_base()
     wild = replace(base, hyperparams=replace(base.hyperparams, lr=1e30))
     destroy_parallel(keep_process_group=True)
     with Bench(wild, None, steps=(0, 2, 5)) as bench:
         ladder = Ladder(axis="width", ratios=(1, 2), seeds=(0,))
         assert bench.series(ladder, 2, 0) == {}
+
+
+def test_a_diverged_engine_fails_by_its_name_and_is_never_averaged(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = Key("activation", "q", "layers", 0)
+    well = {(64, 100): {key: 1.0}}
+
+    def measured(config: RunConfig, *_: object) -> Series:
+        return well.get((config.model.hidden_size, config.seed), {})
+
+    monkeypatch.setattr(bench, "_measure", measured)
+    monkeypatch.setattr(bench, "_known", {})
+    ladder = Ladder(axis="width", ratios=(1, 2), seeds=(100, 101))
+    found, _ = slopes(bench, ladder)
+    assert math.isnan(found[key])
+    failed = list(coordinate.divergence(bench, ladder))
+    assert not any(finding.passed for finding in failed)
+    assert [finding.what for finding in failed] == [
+        "width x 1 (alpha 1), seed 101: diverged",
+        "width x 2 (alpha 1), seed 100: diverged",
+        "width x 2 (alpha 1), seed 101: diverged",
+    ]
 
 
 def test_what_was_measured_is_not_measured_again(
@@ -149,10 +202,30 @@ def test_what_was_measured_is_not_measured_again(
         first, _ = slopes(bench, ladder)
     monkeypatch.delattr("megatron_completedp.check.measure.probe")
     with Bench(small_base(), tmp_path, steps=(0, 1)) as bench:
-        second, _ = slopes(bench, ladder)
+        # As flags give them: the same numbers, of another type.
+        second, _ = slopes(bench, replace(ladder, ratios=(1.0, 2.0)))
     assert second == first
+    # Rows of other rules are no measurements of these.
+    other = wrong("embedding", "lr", "m_N", 1)
+    monkeypatch.setattr("megatron_completedp.core.hyperparams.build_table", lambda rules: other)
+    with Bench(small_base(), tmp_path, steps=(0, 1)) as bench:
+        assert bench.series(ladder, 1, 0), "at the base all tables are one"
+        with pytest.raises(NameError, match="probe"):
+            bench.series(ladder, 2, 0)
+    monkeypatch.undo()
     with pytest.raises(ConfigError, match="results of another config"):
         Bench(small_base(), tmp_path, steps=(0, 2)).__enter__()
+    destroy_parallel(keep_process_group=True)
+
+
+def test_eps_is_the_same_whatever_seeds_are_measured(tmp_path: Path) -> None:
+    """So that seeds can be added to what was measured."""
+    destroy_parallel(keep_process_group=True)
+    settings = eps.EpsSettings(widths=(1, 2), depths=(1, 2), alphas=(1,), seeds=(0,))
+    eps.run(settings, tmp_path)
+    rows = len((tmp_path / "results.jsonl").read_text().splitlines())
+    eps.run(replace(settings, seeds=(0, 1)), tmp_path)
+    assert len((tmp_path / "results.jsonl").read_text().splitlines()) > rows
     destroy_parallel(keep_process_group=True)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from megatron_completedp.config.parallel import ParallelConfig
 from megatron_completedp.core.ratios import Ratios
 from megatron_completedp.core.roles import BIAS_ROLES, GAIN_ROLES, Role
 from megatron_completedp.core.tables import Rules, Table, build_table
+from megatron_completedp.errors import ConfigError
 from megatron_completedp.mcore.parallel import destroy_parallel, initialize_parallel
 from megatron_completedp.mcore.platform import Platform
 
@@ -81,6 +83,34 @@ def test_every_cell_is_seen_or_named(tmp_path: Path) -> None:
     destroy_parallel(keep_process_group=True)
     report = run(MutationSettings(), tmp_path)
     assert report.passed, [finding.what for finding in report.findings if not finding.passed]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rows": ("embeding",)}, "rows has 'embeding'; expected some of embedding, "),
+        ({"symbols": ("m_S",)}, "symbols has 'm_S'; expected some of m_N, "),
+    ],
+)
+def test_a_name_that_the_table_does_not_have_is_refused(
+    settings: dict[str, tuple[str, ...]], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        run(MutationSettings(**settings), tmp_path)
+
+
+def test_verdicts_of_other_seeds_or_of_other_code_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Examiner, "__enter__", lambda self: self)
+    monkeypatch.setattr(Examiner, "caught", lambda *_: ["eps"])
+    settings = MutationSettings(rows=("embedding",), symbols=("m_N",))
+    assert run(settings, tmp_path).passed
+    with pytest.raises(ConfigError, match="seeds was"):
+        run(replace(settings, seeds=(3,)), tmp_path)
+    monkeypatch.setattr("megatron_completedp.check.mutation._code_digest", lambda: "edited")
+    with pytest.raises(ConfigError, match="code was"):
+        run(settings, tmp_path)
 
 
 def test_cells_are_those_of_a_model_without_biases() -> None:

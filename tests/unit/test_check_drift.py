@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,16 @@ def test_a_comparison_never_fails(best: float) -> None:
     assert found.value == pytest.approx(3.0 if best == 3 else 1)
 
 
+def test_an_interval_beyond_the_bound_is_said() -> None:
+    study = ladder()
+    near = result(study, {32: 0.0, 64: 0.4})
+    assert "beyond" not in judge(study.settings, near).note
+    wide = replace(near, span_interval=Interval(0.2, 0.6))
+    finding = judge(study.settings, wide)
+    assert finding.passed
+    assert finding.note.endswith("reaches beyond the bound: more seeds would tell")
+
+
 def test_an_optimum_at_the_edge_fails_the_verdict() -> None:
     study = ladder(max_added=0)
     finding = judge(study.settings, result(study, {32: 0.0, 64: 2.4}))
@@ -88,6 +99,15 @@ def test_the_exponent_is_found_whatever_part_is_applied(applied: float) -> None:
     assert found.interval.low == pytest.approx(0.4)
 
 
+def test_optima_that_are_on_no_line_leave_the_exponent_uncertain() -> None:
+    """However well the seeds agree: they cannot know what two more durations would say."""
+    sizes = (12800, 25600, 51200)
+    study = ladder(axis="duration", sizes=sizes)
+    found = fitted_exponent(study, result(study, {12800: 0.0, 25600: 0.5, 51200: 0.0}))
+    assert found.interval.high - found.interval.low == pytest.approx(0, abs=1e-6)
+    assert found.line_error == pytest.approx(0.5 / math.sqrt(3), abs=0.01)
+
+
 def test_sp_applies_no_exponent() -> None:
     sizes = (12800, 51200)
     study = ladder(axis="duration", sizes=sizes)
@@ -103,12 +123,13 @@ def test_calibration_changes_one_line_of_the_config(tmp_path: Path, written: boo
     assert line in text
     file.write_text(text if written else text.replace(line, ""), encoding="utf-8")
     before = [kept for kept in file.read_text().splitlines() if "duration_exponent" not in kept]
-    told = write_exponent(file, Exponent(0.41234, Interval(0.3, 0.5)))
+    told = write_exponent(file, Exponent(0.41234, Interval(0.3, 0.5), 0.1))
     lines = file.read_text().splitlines()
     changed = [kept for kept in lines if kept not in before]
     assert [kept for kept in lines if kept in before] == before
     assert changed == [
-        "duration_exponent: 0.412  # fitted by check transfer, 95 % interval [0.300, 0.500]"
+        "duration_exponent: 0.412  # fitted by check transfer, 95 % over seeds [0.300, 0.500], "
+        "standard error of the line 0.100"
     ]
     assert load_config(file).rules.duration_exponent == 0.412
     assert "0.412" in told
@@ -120,5 +141,5 @@ def test_an_exponent_that_the_rules_refuse_leaves_the_config(tmp_path: Path, val
     text = to_yaml(base_run())
     file.write_text(text, encoding="utf-8")
     with pytest.raises(CompletedPError, match="left as it is"):
-        write_exponent(file, Exponent(value, Interval(math.nan, math.nan)))
+        write_exponent(file, Exponent(value, Interval(math.nan, math.nan), math.nan))
     assert file.read_text(encoding="utf-8") == text

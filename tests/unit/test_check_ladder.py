@@ -219,5 +219,27 @@ def test_more_seeds_sizes_and_values_are_the_same_study(tmp_path: Path) -> None:
     Results(file, ladder(base_run(seed=5), workers=3, **more).identity)
 
 
+def test_a_fitted_exponent_in_the_base_is_the_same_study_with_other_runs(tmp_path: Path) -> None:
+    """The command that wrote it can be given again: its rows stay, its runs have other names."""
+    file = tmp_path / "results.jsonl"
+    before, after = ladder(), ladder(base_run(duration_exponent=0.4))
+    Results(file, before.identity)
+    Results(file, after.identity)
+    study = {"axis": "duration", "sizes": (12800, 25600)}
+    before, after = ladder(**study), ladder(base_run(duration_exponent=0.4), **study)
+    (one,), (other,) = (each.points("completedp", 25600, [0.0])[:1] for each in (before, after))
+    assert one.id != other.id
+
+
+def test_what_is_carried_over_is_the_runs_own_size() -> None:
+    """Also where the run itself is larger than the base that its values were tuned at."""
+    base = {"hidden_size": 32, "ffn_hidden_size": 88, "num_attention_heads": 4, "head_dim": 8}
+    base |= {"num_layers": 2, "batch_tokens": 128, "train_tokens": 6400}
+    grown = base_run(base=base)
+    assert grown.ratios.m_D == 2
+    assert ladder(grown, axis="batch", sizes=(4, 8, 16)).reference == 8
+    assert ladder(axis="width", sizes=(64, 128)).reference == 64
+
+
 def test_defaults_are_a_valid_study() -> None:
     assert TransferSettings().judged in TransferSettings().parametrizations

@@ -59,6 +59,9 @@ def test_one_failed_finding_fails_the_report() -> None:
 def test_a_report_that_found_nothing_fails() -> None:
     assert not report().passed
     assert report().verdict == "FAILED: nothing was measured"
+    compared = finding(3.0, low=-math.inf, high=math.inf)
+    assert report(finding(0), compared).verdict == "PASSED: 1 of 1 findings within their bounds"
+    assert report(compared).verdict == "FAILED: nothing was measured"
 
 
 def test_the_terminal_reads_the_failures_first() -> None:
