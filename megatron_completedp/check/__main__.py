@@ -67,7 +67,7 @@ def usage() -> str:
 def main(argv: Sequence[str]) -> int:
     """Run the check that `argv` names. Returns 0 when it passed and 1 when it failed.
 
-    Under torchrun every rank measures; rank 0 writes and prints.
+    Under torchrun every rank measures; rank 0 writes, prints and has the exit code.
     """
     if not argv or argv[0] in ("-h", "--help"):
         print(usage())
@@ -95,15 +95,17 @@ def _run_check(name: str, argv: Sequence[str]) -> int:
         description=f"{check.summary}\n\nExample:\n  {example}",
     )
     report = module.run(settings, out)
-    if os.environ.get("RANK", "0") == "0":
-        # Drawing needs matplotlib, which --help and bad flags should not wait for.
-        from megatron_completedp.study.page import write_report
+    # The others' verdict is the same, but torchrun would end rank 0 for it before it has written.
+    if os.environ.get("RANK", "0") != "0":
+        return 0
+    # Drawing needs matplotlib, which --help and bad flags should not wait for.
+    from megatron_completedp.study.page import write_report
 
-        write_report(out, report)
-        print(print_report(report))
-        print(f"\n{out / 'report.html'}")
-        if report.afterwards:
-            print(report.afterwards())
+    write_report(out, report)
+    print(print_report(report))
+    print(f"\n{out / 'report.html'}")
+    if report.afterwards:
+        print(report.afterwards())
     return 0 if report.passed else 1
 
 
