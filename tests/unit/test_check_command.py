@@ -66,7 +66,7 @@ def test_the_exit_code_is_the_verdict(
 def test_only_rank_0_writes_prints_and_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """torchrun ends all ranks at the first that fails, rank 0 in the middle of its report."""
+    """The launcher ends all ranks at the first that fails, rank 0 in the middle of its report."""
     monkeypatch.setenv("RANK", "1")
     assert main(["fake", "--out", str(tmp_path / "out"), "--value", "2"]) == 0
     assert not (tmp_path / "out").exists()
