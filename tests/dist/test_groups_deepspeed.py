@@ -18,10 +18,12 @@ CASES = {"zero1": QWEN3, "zero2": QWEN3, "zero3": QWEN3, "zero2_llama": LLAMA}
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    # The first use on a machine compiles a small communication library.
+    # DeepSpeed compiles a small communication library at its first use. In the user's folder a
+    # process that was killed meanwhile leaves a lock behind, on which all later ones wait for ever.
     cases = [*CASES, "zero3_partitioned_at_birth", "zero2_levelled", "zero_checkpoints"]
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("COMPLETEDP_TEST_FOLDER", str(tmp_path_factory.mktemp("zero")))
+        environment.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path_factory.mktemp("extensions")))
         return run_cases(MODULE, cases, processes=2, timeout_s=1200)
 
 
