@@ -168,18 +168,22 @@ class Ladder:
             multiples = sorted([*multiples, added])
         return multiples
 
-    def missing(self, rows: Sequence[Row]) -> list[Point]:
-        """The wanted runs that have no row, one seed after the other and the longest first."""
-        done = {row["id"] for row in rows}
+    def wanted(self, rows: Sequence[Row]) -> dict[str, Point]:
+        """The runs of this study by id, given the rows so far; each once, whatever it is called."""
         wanted: dict[str, Point] = {}
         for parametrization in self.settings.parametrizations:
             for size in self.settings.sizes:
                 multiples = self.sweep(parametrization, size, rows)
                 for point in self.points(parametrization, size, multiples):
                     wanted.setdefault(point.id, point)
+        return wanted
+
+    def missing(self, rows: Sequence[Row]) -> list[Point]:
+        """The wanted runs that have no row, one seed after the other and the longest first."""
+        done = {row["id"] for row in rows}
         seeds = self.settings.seeds
         return sorted(
-            (point for name, point in wanted.items() if name not in done),
+            (point for name, point in self.wanted(rows).items() if name not in done),
             key=lambda point: (seeds.index(point.config.seed), -_cost(point.config)),
         )
 

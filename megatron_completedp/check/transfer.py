@@ -15,7 +15,7 @@ from pathlib import Path
 
 from megatron_completedp.check.calibrate import fitted_exponent, write_exponent
 from megatron_completedp.check.drift import LadderResult, SizeResult, analyse
-from megatron_completedp.check.ladder import Ladder
+from megatron_completedp.check.ladder import Ladder, Row
 from megatron_completedp.check.settings import command_line
 from megatron_completedp.check.transfer_base import small_base
 from megatron_completedp.check.transfer_figures import draw_loss_by_size, draw_sweeps
@@ -44,7 +44,7 @@ def run(settings: TransferSettings, out: Path) -> Report:
     train_missing(ladder, results)
     rows = results.rows()
     found = [analyse(ladder, name, rows) for name in settings.parametrizations]
-    return _report(ladder, found)
+    return _report(ladder, found, rows)
 
 
 def train_missing(ladder: Ladder, results: Results) -> None:
@@ -56,7 +56,7 @@ def train_missing(ladder: Ladder, results: Results) -> None:
         )
 
 
-def _report(ladder: Ladder, found: Sequence[LadderResult]) -> Report:
+def _report(ladder: Ladder, found: Sequence[LadderResult], rows: Sequence[Row]) -> Report:
     settings = ladder.settings
     (judged,) = (result for result in found if result.parametrization == settings.judged)
     findings = [judge(settings, judged)]
@@ -110,7 +110,7 @@ def _report(ladder: Ladder, found: Sequence[LadderResult]) -> Report:
             ),
             "sizes": ", ".join(map(str, sorted(settings.sizes))),
             "seeds": ", ".join(map(str, settings.seeds)),
-            "runs": _count(found),
+            "runs": _count(ladder, rows),
             "optimum": f"parabola through the points within {settings.window:g} nats of the lowest",
         },
         exceptions=tuple(exceptions),
@@ -214,11 +214,11 @@ def _exponent_table(ladder: Ladder, found: Sequence[LadderResult]) -> Table:
     )
 
 
-def _count(found: Sequence[LadderResult]) -> str:
-    """Points of the sweeps, those of equal numbers under each of their names."""
-    sizes = [size for result in found for size in result.sizes]
-    losses = [loss for size in sizes for curve in size.seeds for loss in curve.values()]
-    return f"{len(losses)}, of which {sum(map(math.isinf, losses))} diverged"
+def _count(ladder: Ladder, rows: Sequence[Row]) -> str:
+    """Runs that the report is about, each once; the file may have those of other seeds too."""
+    wanted = ladder.wanted(rows)
+    used = [row for row in rows if row["id"] in wanted]
+    return f"{len(used)}, of which {sum(row['diverged'] for row in used)} diverged"
 
 
 def _number(value: float, form: str) -> str:

@@ -241,5 +241,13 @@ def test_what_is_carried_over_is_the_runs_own_size() -> None:
     assert ladder(axis="width", sizes=(64, 128)).reference == 64
 
 
+def test_a_run_with_two_names_or_of_other_seeds_counts_once_or_not() -> None:
+    """At the base size every parametrization has the same numbers."""
+    two = ladder(seeds=(1, 2), parametrizations=("completedp", "sp"), max_added=0)
+    rows = rows_of(two, parabola({32: 0.0, 64: 0.0}))
+    assert len(rows) == len(two.wanted(rows)) == 2 * 5 * (1 + 2)
+    assert len(ladder(seeds=(1,), max_added=0).wanted(rows)) == 5 * (1 + 2)
+
+
 def test_defaults_are_a_valid_study() -> None:
     assert TransferSettings().judged in TransferSettings().parametrizations
