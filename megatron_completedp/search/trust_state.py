@@ -1,7 +1,8 @@
 """The trust-region search as a function: finished runs in, incumbent and region out.
 
 A search is a sequence of rounds. Round k is the k-th `round_size` children in the order of their
-slots; its best child challenges the incumbent, and its success rate moves the scale of the region.
+slots. After it, its best child, or a step down a linear model of the children, challenges the
+incumbent, and its success rate moves the scale of the region.
 Nothing here knows clocks, workers or Optuna, so the state is the same whoever asks, in whatever
 order the runs ended, and after any restart.
 """
@@ -16,13 +17,18 @@ from operator import attrgetter
 from megatron_completedp.errors import ConfigError
 from megatron_completedp.search.seed_noise import SeedNoise
 
-#: The point that a search starts from. Other points are named by the slot that first ran them.
+#: The point that a search starts from. A child is named by the slot that first ran it.
 START = -1
 
 #: A run overtaken by this many rounds of later ended runs is taken for dead: a worker that vanished
 #: from a storage without heartbeats must not hold its round open for good. If it ends after all, it
 #: counts, because the state is always worked out from the beginning.
 OVERTAKEN_ROUNDS = 4
+
+
+def step_after(number: int) -> int:
+    """The name of the point that a step after round `number`, counted from 0, leads to."""
+    return START - 1 - number
 
 
 @dataclass(frozen=True)
@@ -32,7 +38,7 @@ class Run:
     slot: int
     """Its place in the study's sequence; a retry of a dead worker's run has the slot of that."""
     point: int
-    """What it ran: `START`, or the slot that ran this point first (its own, for a child)."""
+    """What it ran: `START`, its own slot for a child, or what `step_after` names."""
     replicate: int
     """Which run of the point this is; 0 is the first. Runs of one number share their seed, so that
     points are compared number by number; where they do not, that costs some power."""
@@ -41,7 +47,7 @@ class Run:
     centre: tuple[int, ...] | None = None
     """Points whose mean a child was drawn around; None for a child that something else proposed."""
     scale: float = 1.0
-    """Scale of the region a child was drawn from."""
+    """Scale of the region a child was drawn from, or a step was taken in."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,17 +58,22 @@ class Rules:
     ours; fields that are not in it say why they have their default.
     """
 
-    round_size: int = 8
+    round_size: int = 24
     """Children per round. At least the number of workers: else rounds overlap, and those that were
-    drawn before the last decision can move the incumbent but not the region. More children per
-    round find a better best one, fewer move more often; best-of-8 is where a quadratic's gain per
-    run levels off."""
+    drawn before the last decision say nothing about the region. More children per round make a
+    better model, fewer make steps more often."""
+    linear_step: bool = True
+    """After a round, also try a step of the region's size down a linear model of the children near
+    the incumbent; it challenges if it is below the best child. Off (an ablation), as in section 5
+    of the rules, the best child alone does. Among dozens of coordinates the best of a few children
+    is hardly better than their centre, since what it gains in some it pays for in others; the model
+    adds up what all of them say about each."""
     start_replicates: int = 3
     """Runs of the start, from which the noise is first estimated: 2 degrees of freedom, which each
     challenge adds to. 1 for an objective without noise."""
     confirm: int = 3
-    """Most fresh runs of a challenger. Its first run was chosen for being the lowest of a round, so
-    it is biased low and is not used; 0 trusts it nevertheless (an ablation)."""
+    """Most fresh runs of a challenger. Its first run was chosen for being low, or its step for the
+    losses of that seed: it is biased low and not used; 0 trusts it nevertheless (an ablation)."""
     guard: float = 2.0
     """Standard errors by which a challenger must win on equal seeds; 0 takes any lower mean."""
     cliff: float = 1.0
@@ -110,7 +121,7 @@ class Round:
     voters: int
     """Children drawn from the present region."""
     challenger: int | None
-    """The best child, where it was below the incumbent."""
+    """The step or the best child, where it was below the incumbent."""
     accepted: bool
     """Whether the challenger became the incumbent."""
     restarted: bool
@@ -233,7 +244,13 @@ def fold(runs: Sequence[Run], rules: Rules) -> State:
             break
         bar = books.bar(incumbent)
         ranked = sorted((books.ended[run.point, 0], run.point) for run in batch)
-        challenger = ranked[0][1] if ranked[0][0] < bar else None
+        step = step_after(len(rounds))
+        if rules.linear_step and (step, 0) not in books.ended:
+            wanted = ((step, 0),)
+            break
+        stepped = [(books.ended[step, 0], step)] if rules.linear_step else []
+        loss, best = min(stepped + ranked)
+        challenger = best if loss < bar else None
         verdict = challenger is not None and books.challenge(challenger, incumbent)
         if isinstance(verdict, tuple):
             wanted = verdict

@@ -35,6 +35,12 @@ class Trials:
     own: int
     """The slot of the trial left out; of the next new trial, if none was."""
 
+    def trial_of(self, point: int) -> FrozenTrial | None:
+        """A trial that ran `point`, a child or a step; None where none has been asked to."""
+        if point >= 0:
+            return self.by_slot[point]
+        return next((self.by_slot[run.slot] for run in self.runs if run.point == point), None)
+
 
 @dataclass
 class Reader:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,8 +14,14 @@ from hypothesis import strategies as st
 from megatron_completedp.errors import ConfigError
 from megatron_completedp.search.trust_state import OVERTAKEN_ROUNDS, START, Rules, Run, State, fold
 
+
+def best_child(**rules: Any) -> Rules:
+    """Rules by which the best child of a round challenges, and no step."""
+    return Rules(**{"linear_step": False, "round_size": 8, **rules})
+
+
 #: Rounds of two, one start run and no fresh runs or guard: a noise-free search by hand.
-PLAIN = Rules(round_size=2, start_replicates=1, confirm=0, guard=0.0)
+PLAIN = best_child(round_size=2, start_replicates=1, confirm=0, guard=0.0)
 
 
 def start(*losses: float | None, slot: int = 0) -> list[Run]:
@@ -28,7 +35,7 @@ def child(slot: int, loss: float | None, state: State | None = None) -> Run:
 
 
 def test_a_search_first_asks_for_the_runs_of_its_start() -> None:
-    rules = Rules(start_replicates=3)
+    rules = best_child(start_replicates=3)
     assert fold([], rules).wanted == ((START, 0), (START, 1), (START, 2))
     assert fold(start(1.0, None), rules).wanted == ((START, 1), (START, 2))
     state = fold(start(1.0, 1.2, 1.4), rules)
@@ -56,7 +63,7 @@ def test_a_fifth_of_successes_widens_and_less_narrows(
 
 
 def test_the_scale_stays_between_floor_and_ceiling_and_goes_back_after_a_stall() -> None:
-    rules = Rules(
+    rules = best_child(
         round_size=1, start_replicates=1, confirm=0, guard=0, floor=0.3, ceiling=2.0, stall=2
     )
     runs, seen = start(1.0), []
@@ -72,7 +79,7 @@ def test_the_scale_stays_between_floor_and_ceiling_and_goes_back_after_a_stall()
         runs.append(child(slot, -float(slot), fold(runs, rules)))
     assert fold(runs, rules).scale == 2.0
 
-    never = Rules(round_size=1, start_replicates=1, confirm=0, guard=0, floor=0.3, stall=0)
+    never = best_child(round_size=1, start_replicates=1, confirm=0, guard=0, floor=0.3, stall=0)
     assert fold(runs[:9], never).restarts == 0
 
 
@@ -87,7 +94,7 @@ def test_children_of_another_region_may_win_but_do_not_vote_on_the_radius() -> N
 
 
 def test_a_challenger_is_judged_by_fresh_runs_and_not_by_the_one_it_was_chosen_for() -> None:
-    rules = Rules(round_size=2, start_replicates=3, confirm=3)
+    rules = best_child(round_size=2, start_replicates=3, confirm=3)
     runs = [*start(1.0, 1.02, 0.98), child(3, 0.5), child(4, 1.1)]
     assert fold(runs, rules).wanted == ((3, 1),)
     worse = fold([*runs, Run(5, 3, 1, 1.01)], rules)
@@ -97,7 +104,7 @@ def test_a_challenger_is_judged_by_fresh_runs_and_not_by_the_one_it_was_chosen_f
 
 
 def test_between_worse_and_surely_better_more_runs_are_asked_for_up_to_the_limit() -> None:
-    rules = Rules(round_size=1, start_replicates=3, confirm=3)
+    rules = best_child(round_size=1, start_replicates=3, confirm=3)
     runs = [*start(1.0, 1.02, 0.98), child(3, 0.9)]
     for step in (1, 2):
         assert fold(runs, rules).wanted == ((3, step),)
@@ -109,7 +116,7 @@ def test_between_worse_and_surely_better_more_runs_are_asked_for_up_to_the_limit
 
 
 def test_the_incumbent_is_run_again_when_its_challenger_has_more_runs() -> None:
-    rules = Rules(round_size=1, start_replicates=2, confirm=3)
+    rules = best_child(round_size=1, start_replicates=2, confirm=3)
     runs = [*start(1.0, 1.02), child(2, 0.5), Run(3, 2, 1, 0.5)]
     assert fold(runs, rules).incumbent == 2  # on one run
     # A gain of 0.01 where two runs have a standard error of 0.014 * sqrt(2).
@@ -120,13 +127,13 @@ def test_the_incumbent_is_run_again_when_its_challenger_has_more_runs() -> None:
 def test_cliffs_rank_last_and_are_never_averaged() -> None:
     # The start's third run broke: neither its mean nor the noise knows, wherever it stands.
     for losses in ((1.0, 1.2, 9.0), (9.0, 1.0, 1.2)):
-        state = fold(start(*losses), Rules())
+        state = fold(start(*losses), best_child())
         assert (state.loss, state.runs) == (pytest.approx(1.1), 2)
         assert state.noise == pytest.approx(0.1 * math.sqrt(2))
     # Negative control: without the rule the same runs have a mean of 3.7.
-    assert fold(start(1.0, 1.2, 9.0), Rules(cliff=math.inf)).loss == pytest.approx(11.2 / 3)
+    assert fold(start(1.0, 1.2, 9.0), best_child(cliff=math.inf)).loss == pytest.approx(11.2 / 3)
     # A challenger with one run off the cliff is rejected, whatever its others.
-    rules = Rules(round_size=1, confirm=2)
+    rules = best_child(round_size=1, confirm=2)
     runs = [*start(1.0, 1.2, 1.1), child(3, 0.9), Run(4, 3, 1, math.inf)]
     assert fold(runs, rules).incumbent == START
     assert fold(runs, rules).wanted == ()
@@ -134,7 +141,7 @@ def test_cliffs_rank_last_and_are_never_averaged() -> None:
 
 def test_a_start_that_diverges_gives_way_to_the_first_point_that_does_not() -> None:
     runs = [*start(math.inf, math.inf, math.inf), child(3, 5.0), Run(4, 3, 1, 5.1)]
-    state = fold(runs, Rules(round_size=1))
+    state = fold(runs, best_child(round_size=1))
     assert (state.incumbent, state.loss) == (3, 5.1)
 
 
@@ -149,7 +156,7 @@ def test_a_run_that_never_ends_holds_its_round_open_only_until_it_is_overtaken()
 
 
 def test_recentring_takes_the_best_quarter_of_round_and_incumbent() -> None:
-    rules = Rules(round_size=7, start_replicates=1, confirm=0, guard=0, recentre=True)
+    rules = best_child(round_size=7, start_replicates=1, confirm=0, guard=0, recentre=True)
     losses = [0.9, 1.1, 0.8, 1.2, 1.3, 1.4, 1.5]
     runs = [*start(1.0), *(child(1 + i, loss) for i, loss in enumerate(losses))]
     state = fold(runs, rules)
@@ -161,7 +168,7 @@ def test_recentring_takes_the_best_quarter_of_round_and_incumbent() -> None:
 def test_the_order_of_the_runs_does_not_matter(
     seed: int, round_size: int, confirm: int, recentre: bool
 ) -> None:
-    rules = Rules(round_size=round_size, confirm=confirm, recentre=recentre)
+    rules = best_child(round_size=round_size, confirm=confirm, recentre=recentre)
     runs = _search(lambda point, _: 1.0 - 0.01 * point, rules, slots=40, seed=seed)
     shuffled = list(runs)
     random.Random(seed).shuffle(shuffled)
@@ -172,7 +179,7 @@ def test_the_order_of_the_runs_does_not_matter(
 @settings(max_examples=5, deadline=None)
 def test_later_runs_never_change_a_decided_round(seed: int, round_size: int) -> None:
     """A decision that used whatever is known by now would be taken differently later."""
-    rules = Rules(round_size=round_size)
+    rules = best_child(round_size=round_size)
     runs = _search(lambda point, _: 1.0 - 0.01 * point, rules, slots=40, seed=seed)
     whole = fold(runs, rules).rounds
     for count in range(len(runs)):
@@ -187,14 +194,14 @@ def test_what_seeds_do_to_every_point_alike_is_no_noise() -> None:
     def loss(point: int, replicate: int) -> float:
         return 1.0 - 0.001 * max(point, 0) + seeds[replicate]
 
-    runs = _search(loss, Rules(), slots=90, seed=0, noise=0.003)
-    state = fold(runs, Rules())
+    runs = _search(loss, best_child(), slots=90, seed=0, noise=0.003)
+    state = fold(runs, best_child())
     assert sum(decided.accepted for decided in state.rounds) >= 5
     assert state.noise > 0.02  # of a run, seeds included
 
     # Negative control: the same size of scatter, drawn anew for every run.
-    apart = _search(lambda point, _: loss(point, 9), Rules(), slots=90, seed=0, noise=0.1)
-    accepted = sum(decided.accepted for decided in fold(apart, Rules()).rounds)
+    apart = _search(lambda point, _: loss(point, 9), best_child(), slots=90, seed=0, noise=0.1)
+    accepted = sum(decided.accepted for decided in fold(apart, best_child()).rounds)
     assert accepted < sum(decided.accepted for decided in state.rounds)
 
 
@@ -228,15 +235,15 @@ def test_noise_alone_rarely_moves_the_incumbent() -> None:
     One look at 2 standard errors would pass 2.3 %; three looks and noise from few degrees of
     freedom pass more, against which an incumbent that was accepted by luck is harder to beat.
     """
-    accepted, rounds = _accepted(Rules())
+    accepted, rounds = _accepted(best_child())
     assert rounds > 150
     assert accepted / rounds < 0.07
 
     # Negative controls, measured 15 % and 20 %: no guard, and no fresh runs either. They would
     # be half of the rounds and more, were an incumbent that was lucky not ever harder to beat.
-    unguarded, rounds = _accepted(Rules(guard=0))
+    unguarded, rounds = _accepted(best_child(guard=0))
     assert unguarded / rounds > 0.1
-    greedy, rounds = _accepted(Rules(guard=0, confirm=0))
+    greedy, rounds = _accepted(best_child(guard=0, confirm=0))
     assert greedy / rounds > 0.14
 
 

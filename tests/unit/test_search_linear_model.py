@@ -1,0 +1,136 @@
+"""The step of the trust region: the linear model, the fold that asks for it, and what it gains."""
+
+from __future__ import annotations
+
+import math
+import random
+from typing import Any
+
+import numpy as np
+import pytest
+
+optuna = pytest.importorskip("optuna")
+
+from optuna.distributions import FloatDistribution  # noqa: E402
+
+from megatron_completedp.search.linear_model import descent  # noqa: E402
+from megatron_completedp.search.trust_region import TrustRegionSampler  # noqa: E402
+from megatron_completedp.search.trust_state import (  # noqa: E402
+    START,
+    Rules,
+    Run,
+    fold,
+    step_after,
+)
+from megatron_completedp.search.trust_trials import REPLICATE, TAG  # noqa: E402
+
+
+def cosine(direction: np.ndarray, slope: np.ndarray) -> float:
+    return float(-direction @ slope / np.linalg.norm(slope))
+
+
+def test_the_direction_is_that_of_steepest_descent() -> None:
+    generator = np.random.default_rng(0)
+    points, slope = generator.uniform(-1, 1, (60, 20)), generator.normal(size=20)
+    exact = descent(points, points @ slope, np.zeros(60, dtype=np.int64))
+    assert np.linalg.norm(exact) == pytest.approx(1)
+    assert cosine(exact, slope) > 0.99
+    # Noise as large as what the slope does: still downhill.
+    noisy = points @ slope + generator.normal(size=60) * (points @ slope).std()
+    assert cosine(descent(points, noisy, np.zeros(60, dtype=np.int64)), slope) > 0.6
+
+
+def test_what_a_group_of_runs_has_in_common_is_no_slope() -> None:
+    generator = np.random.default_rng(1)
+    points, slope = generator.uniform(-1, 1, (80, 10)), generator.normal(size=10)
+    groups = np.repeat([0, 1], 40)
+    points[groups == 1] += 1.0  # drawn around another centre, where everything is worse
+    losses = points @ slope + 50.0 * groups
+    assert cosine(descent(points, losses, groups), slope) > 0.98
+    # Negative control: as one group, the step between the groups passes for a slope.
+    assert cosine(descent(points, losses, np.zeros(80, dtype=np.int64)), slope) < 0.5
+
+
+def test_a_cliff_on_one_side_is_cut_to_what_the_losses_say_otherwise() -> None:
+    generator = np.random.default_rng(2)
+    points, slope = generator.uniform(-1, 1, (60, 10)), generator.normal(size=10) * 0.01
+    losses = points @ slope
+    losses[[3, 30]] += 0.9  # just short of what counts as a cliff
+    assert cosine(descent(points, losses, np.zeros(60, dtype=np.int64)), slope) > 0.9
+
+
+def test_without_any_slope_there_is_no_direction() -> None:
+    points, one = np.random.default_rng(3).uniform(-1, 1, (6, 4)), np.zeros(6, dtype=np.int64)
+    assert not descent(points, np.full(6, 4.2), one).any()
+    assert not descent(points, np.arange(6.0), np.arange(6)).any()  # each alone in its group
+
+
+def child(slot: int, loss: float) -> Run:
+    return Run(slot, slot, 0, loss, (START,), 1.0)
+
+
+def test_after_a_round_the_better_of_step_and_best_child_challenges() -> None:
+    rules = Rules(round_size=2, start_replicates=1, confirm=1, guard=0.0)
+    runs = [Run(0, START, 0, 1.0), child(1, 0.95), child(2, 1.1)]
+    assert fold(runs[:2], rules).wanted == ()
+    step = step_after(0)
+    assert fold(runs, rules).wanted == ((step, 0),)
+    # A step that is worse leaves the challenge to the child, on fresh seeds.
+    worse = [*runs, Run(3, step, 0, 0.97)]
+    assert fold(worse, rules).wanted == ((1, 1), (START, 1))
+    better = [*runs, Run(3, step, 0, 0.9)]
+    assert fold(better, rules).wanted == ((step, 1), (START, 1))
+    won = fold([*better, Run(4, step, 1, 0.9), Run(5, START, 1, 1.0)], rules)
+    assert (won.incumbent, won.centre, won.loss) == (step, (step,), 0.9)
+    lost = fold([*better, Run(4, step, 1, 1.0), Run(5, START, 1, 0.9)], rules)
+    assert (lost.incumbent, lost.rounds[0].challenger) == (START, step)
+    # One that diverged is no challenger.
+    assert fold([*runs, Run(3, step, 0, math.inf)], rules).wanted[0] == (1, 1)
+
+
+def tilted(params: dict[str, Any], replicate: int, noise: float = 0.01) -> float:
+    """40 coordinates of which each matters little: 0.4 lower at best, 5 % of it for each seed."""
+    loss = sum(0.005 * (-1) ** i * x + 0.00125 * x * x / 2 for i, x in enumerate(params.values()))
+    return loss + random.Random(f"{params} {replicate}").gauss(0, noise)
+
+
+def search(trials: int, seed: int, **rules: Any) -> tuple[Any, TrustRegionSampler]:
+    space = {f"x{i}": FloatDistribution(-8, 8) for i in range(40)}
+    sampler = TrustRegionSampler(seed=seed, space=space, radius=1.0, **rules)
+    study = optuna.create_study(sampler=sampler)
+    for _ in range(trials):
+        trial = study.ask(space)
+        study.tell(trial, tilted(trial.params, trial.user_attrs[REPLICATE]))
+    return study, sampler
+
+
+def test_steps_gain_what_single_children_cannot() -> None:
+    """Many coordinates of little weight each, and noise: the case that a search by module is."""
+    found: dict[bool, list[float]] = {True: [], False: []}
+    for seed in range(4):
+        for linear_step, rules in ((True, {}), (False, {"round_size": 8, "subset": 0.25})):
+            study, sampler = search(140, seed, linear_step=linear_step, **rules)
+            incumbent = sampler.params(study, sampler.state(study).incumbent)
+            found[linear_step].append(tilted(incumbent, 0, noise=0.0))
+    assert np.mean(found[True]) < 1.5 * np.mean(found[False]) < 0
+
+
+def test_a_step_is_the_same_whoever_takes_it() -> None:
+    study, sampler = search(27, 7)  # three runs of the start, a round of 24
+    assert sampler.state(study).wanted == ((step_after(0), 0),)
+    steps = []
+    for _ in range(2):  # the second worker asks before the first has ended
+        study.sampler = TrustRegionSampler(seed=7, space=sampler._space, radius=1.0)
+        trial = study.ask(sampler._space)
+        assert study.trials[-1].system_attrs[TAG]["point"] == (
+            step_after(0) if not steps else trial.number
+        )
+        steps.append(trial)
+    again = TrustRegionSampler(seed=7, space=sampler._space, radius=1.0)
+    study.tell(steps[1], 9.0)
+    study.tell(steps[0], tilted(steps[0].params, 0))
+    assert again.params(study, step_after(0)) == steps[0].params
+    # No coordinate leaves the region, and the step is about as long as a child's.
+    moved = np.array(list(steps[0].params.values()))
+    assert abs(moved).max() <= 1.0
+    assert 0.8 * math.sqrt(40 / 3) < np.linalg.norm(moved) <= math.sqrt(40 / 3) + 1e-9
