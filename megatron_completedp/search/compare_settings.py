@@ -20,7 +20,7 @@ class CompareSettings:
     and the surrogate is a synthetic one."""
     judged: str = "trust_region"
     """The sampler that the verdict is about."""
-    budgets: tuple[int, ...] = (25, 50, 100)
+    budgets: tuple[int, ...] = (50, 100)
     """Trials after which the best point of each study is trained again."""
     heldout: tuple[str, ...] = ()
     """Prefixes of token files to evaluate it on, which no search chose by."""

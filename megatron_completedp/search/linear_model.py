@@ -1,7 +1,7 @@
 """In which direction a linear model of the losses falls.
 
 One run says little about 79 numbers, but every run says something about all that it moved: ridge
-regression over all of them adds that up, where a comparison of single points throws it away.
+regression adds that up, where a comparison of single points throws it away.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ def descent(points: Floats, losses: Floats, groups: NDArray[np.int64]) -> Floats
     """The unit vector of steepest descent, or zeros where the losses show no slope.
 
     The ridge is the one that makes the losses likeliest when slopes and noise are normal (empirical
-    Bayes), so that a few noisy runs are believed little. Within a group, losses further above the
-    median than the lowest is below it are cut to there: a cliff is no slope.
+    Bayes): the noisier they are, the more what single runs moved counts, and not its correlations.
+    Within a group, losses further above the median than the lowest is below it are cut to there: a
+    cliff is no slope.
 
     Args:
         points: [n, d], in units in which all coordinates are alike.
         losses: [n], finite.
-        groups: [n], each with a level of its own, such as runs around one centre.
+        groups: [n], each with a level of its own, such as runs drawn from one region.
 
     Returns:
         [d]
@@ -40,9 +41,10 @@ def descent(points: Floats, losses: Floats, groups: NDArray[np.int64]) -> Floats
     total = losses @ losses
     values, vectors = np.linalg.eigh(points.T @ points)
     values = values.clip(min=0.0)
-    if total == 0 or values[-1] == 0:
-        return np.zeros(points.shape[1])
     slopes = vectors.T @ (points.T @ losses)
+    # Less than this of the largest slope that there could be is rounding.
+    if np.linalg.norm(slopes) <= 1e-9 * np.sqrt(total * values[-1]):
+        return np.zeros(points.shape[1])
     ridges = values[-1] * _RIDGES[:, None]
     left = total - (slopes**2 / (values + ridges)).sum(axis=1)
     surprise = len(losses) * np.log(left) + np.log1p(values / ridges).sum(axis=1)

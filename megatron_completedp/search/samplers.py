@@ -70,6 +70,12 @@ def make_sampler(
         raise ConfigError(f"sampler {name}: {error}") from None
 
 
+def resolved_options(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """`settings` with the trust region's defaults, which later versions may have others of."""
+    ours = TrustRegionSampler.defaults() if name == "trust_region" else {}
+    return {**ours, **settings}
+
+
 def _constructor(
     name: str,
     seed: int,

@@ -83,7 +83,20 @@ class SeedNoise:
             self._paired = self._fit()
         return self._paired
 
+    @property
+    def knows_seeds(self) -> bool:
+        """Whether enough points were run on equal seeds to tell what seeds do to all of them."""
+        return self._freedom - self._eliminate()[1] >= _LEAST_FREEDOM
+
     def _fit(self) -> Spread:
+        explained, rank = self._eliminate()
+        freedom = self._freedom - rank
+        if freedom < _LEAST_FREEDOM:
+            return self.run()
+        return Spread(math.sqrt(max(self._c - explained, 0.0) / freedom), freedom)
+
+    def _eliminate(self) -> tuple[float, int]:
+        """The sum of squares that the seeds' effects explain, and how many of them there are."""
         seeds = sorted(self._b)
         a = [[self._a.get((row, column), 0.0) for column in seeds] for row in seeds]
         b = [self._b[seed] for seed in seeds]
@@ -98,10 +111,7 @@ class SeedNoise:
                 b[row] -= factor * b[pivot]
                 for column in range(pivot, len(seeds)):
                     a[row][column] -= factor * a[pivot][column]
-        freedom = self._freedom - rank
-        if freedom < _LEAST_FREEDOM:
-            return self.run()
-        return Spread(math.sqrt(max(self._c - explained, 0.0) / freedom), freedom)
+        return explained, rank
 
     def seeds_help(self, runs: int, others: int) -> bool:
         """Whether `runs` on equal seeds tell more than as many against the mean of `others`."""

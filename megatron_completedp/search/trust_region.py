@@ -10,6 +10,7 @@ their values and one system attribute), so a killed search goes on where it was.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import logging
 import math
 import zlib
@@ -32,10 +33,16 @@ _LOG = logging.getLogger(__name__)
 
 
 #: Children further from the incumbent than so many times a typical one say nothing about its slope.
-LOCAL = 2.0
+LOCAL = 2.5
 
 #: System attribute by which Optuna marks an enqueued trial: the parameters that it was given.
 FIXED = "fixed_params"
+
+
+#: The rules that can be set; the sampler works the other two out.
+_RULES = {
+    item.name: item for item in dataclasses.fields(Rules) if item.name not in ("floor", "ceiling")
+}
 
 
 @dataclass(frozen=True)
@@ -114,11 +121,10 @@ class TrustRegionSampler(optuna.samplers.BaseSampler):
         **rules: Any,
     ) -> None:
         """See the class. Raises ConfigError for a value that cannot be meant."""
-        known = {item.name for item in dataclasses.fields(Rules)} - {"floor", "ceiling"}
-        if unknown := sorted(set(rules) - known):
+        if unknown := sorted(set(rules) - set(_RULES)):
             message = f"trust region: no setting {', '.join(unknown)}"
-            raise ConfigError(f"{message}; there are {', '.join(sorted(known))}")
-        for item in dataclasses.fields(Rules):
+            raise ConfigError(f"{message}; there are {', '.join(sorted(_RULES))}")
+        for item in _RULES.values():
             value = rules.get(item.name, item.default)
             if item.type == "int" and not isinstance(value, int):
                 raise ConfigError(f"trust region: {item.name}={value!r} must be a whole number")
@@ -140,8 +146,15 @@ class TrustRegionSampler(optuna.samplers.BaseSampler):
         self._common = optuna.search_space.IntersectionSearchSpace()
         self._warned: set[str] = set()
 
+    @classmethod
+    def defaults(cls) -> dict[str, Any]:
+        """The settings that decide what is proposed, by name, where none are given."""
+        rules = {name: item.default for name, item in _RULES.items()}
+        own = inspect.signature(cls).parameters
+        return {**rules, **{name: own[name].default for name in ("floor", "subset")}}
+
     def state(self, study: optuna.Study) -> State:
-        """What the study's finished trials say; a point of it is named by its slot."""
+        """What the study's finished trials say."""
         axes = self._searched(self._floats(study))
         return fold(self._reader.read(study, axes).runs, self._limits(axes))
 
@@ -252,19 +265,19 @@ class TrustRegionSampler(optuna.samplers.BaseSampler):
     def _step(
         self, axes: Mapping[str, Axis], trials: Trials, tag: Mapping[str, Any]
     ) -> dict[str, float]:
-        """From the incumbent down the linear model of all children so far, as far as a child goes.
+        """From the incumbent down a linear model of the children near it, in their region.
 
-        That is, the step is as long as a typical child's and no coordinate leaves the region.
+        As long as a typical child's way from its centre, or shorter where a coordinate would leave
+        the region.
         """
         (incumbent,) = tag["centre"]
-        start = _params(axes, trials, incumbent)
-        length = math.sqrt(self._subset * len(axes) / 3)
+        start, scale = _params(axes, trials, incumbent), tag["scale"]
+        length = math.sqrt(max(1, round(self._subset * len(axes))) / 3)
         # Step k follows k + 1 rounds.
         children = (START - tag["point"]) * self._rules.round_size
-        near = LOCAL * length * tag["scale"]
-        parts = self._descent(axes, trials, start, children, near) * length
+        parts = self._descent(axes, trials, start, children, scale, LOCAL * length) * length
         return {
-            name: axis.value(axis.coordinate(start[name]) + self._reach(axis, tag["scale"]) * part)
+            name: axis.value(axis.coordinate(start[name]) + self._reach(axis, scale) * part)
             for (name, axis), part in zip(axes.items(), parts.clip(-1, 1).tolist(), strict=True)
         }
 
@@ -274,39 +287,39 @@ class TrustRegionSampler(optuna.samplers.BaseSampler):
         trials: Trials,
         start: Mapping[str, float],
         count: int,
+        scale: float,
         near: float,
     ) -> Floats:
-        """Where the losses fall of those of the first `count` children that are `near` the start.
+        """Where the losses fall among those of the first `count` children that are near `start`.
 
-        In start radii; zeros if nowhere. Without those off the cliff, and those that something else
-        proposed.
+        In units of the region at `scale`; zeros if nowhere. Without children that are off the
+        cliff, that something else proposed, or that lack one of `axes`.
         """
         children = [run for run in trials.runs if run.point == run.slot]
-        children = sorted(children, key=attrgetter("slot"))[:count]
-        drawn = [
-            (run.loss, run.centre, self._vector(axes, trials.by_slot[run.slot].params))
-            for run in children
-            if run.loss is not None and math.isfinite(run.loss) and run.centre is not None
-        ]
+        reach = np.array([self._reach(axis, scale) for axis in axes.values()])
         here = self._vector(axes, start)
+        drawn = []
+        for run in sorted(children, key=attrgetter("slot"))[:count]:
+            params = trials.by_slot[run.slot].params
+            if run.loss is None or run.centre is None or not axes.keys() <= params.keys():
+                continue
+            point = (self._vector(axes, params) - here) / reach
+            if math.isfinite(run.loss) and np.linalg.norm(point) <= near:
+                drawn.append((run.loss, (run.centre, run.scale), point))
         lowest = min((loss for loss, *_ in drawn), default=math.inf)
-        drawn = [
-            (loss, centre, point)
-            for loss, centre, point in drawn
-            if loss <= lowest + self._rules.cliff and math.dist(point, here) <= near
-        ]
+        drawn = [each for each in drawn if each[0] <= lowest + self._rules.cliff]
         if not drawn:
             return np.zeros(len(axes))
-        centres = sorted({centre for _, centre, _ in drawn})
+        regions = sorted({region for _, region, _ in drawn})
         return descent(
             np.array([point for *_, point in drawn]),
             np.array([loss for loss, *_ in drawn]),
-            np.array([centres.index(centre) for _, centre, _ in drawn]),
+            np.array([regions.index(region) for _, region, _ in drawn]),
         )
 
-    def _vector(self, axes: Mapping[str, Axis], params: Mapping[str, float]) -> list[float]:
-        """Coordinates of `params`, in start radii."""
-        return [axis.coordinate(params[name]) / axis.radius for name, axis in axes.items()]
+    def _vector(self, axes: Mapping[str, Axis], params: Mapping[str, float]) -> Floats:
+        """Coordinates of `params`."""
+        return np.array([axis.coordinate(params[name]) for name, axis in axes.items()])
 
     def _reach(self, axis: Axis, scale: float) -> float:
         """The region's radius along `axis`."""

@@ -1,8 +1,8 @@
 """The trust-region search as a function: finished runs in, incumbent and region out.
 
 A search is a sequence of rounds. Round k is the k-th `round_size` children in the order of their
-slots. After it, its best child, or a step down a linear model of the children, challenges the
-incumbent, and its success rate moves the scale of the region.
+slots. After it, a step down a linear model of the children, or the best of them, challenges the
+incumbent, and the round's success rate moves the scale of the region.
 Nothing here knows clocks, workers or Optuna, so the state is the same whoever asks, in whatever
 order the runs ended, and after any restart.
 """
@@ -23,7 +23,7 @@ START = -1
 #: A run overtaken by this many rounds of later ended runs is taken for dead: a worker that vanished
 #: from a storage without heartbeats must not hold its round open for good. If it ends after all, it
 #: counts, because the state is always worked out from the beginning.
-OVERTAKEN_ROUNDS = 4
+OVERTAKEN_ROUNDS = 2
 
 
 def step_after(number: int) -> int:
@@ -63,11 +63,11 @@ class Rules:
     drawn before the last decision say nothing about the region. More children per round make a
     better model, fewer make steps more often."""
     linear_step: bool = True
-    """After a round, also try a step of the region's size down a linear model of the children near
-    the incumbent; it challenges if it is below the best child. Off (an ablation), as in section 5
-    of the rules, the best child alone does. Among dozens of coordinates the best of a few children
-    is hardly better than their centre, since what it gains in some it pays for in others; the model
-    adds up what all of them say about each."""
+    """After a round, try a step of the region's size down a linear model of the children near the
+    incumbent. Below the incumbent, it challenges it, else the best child does. Off (an ablation,
+    with a `subset` of a quarter), the best child alone does, as in section 5 of the rules. Among
+    dozens of coordinates the best of a few children is hardly better than their centre, since what
+    it gains in some it pays for in others; the model adds up what all of them say about each."""
     start_replicates: int = 3
     """Runs of the start, from which the noise is first estimated: 2 degrees of freedom, which each
     challenge adds to. 1 for an objective without noise."""
@@ -175,10 +175,16 @@ class _Books:
         return sum(losses.values()) / len(losses) if losses else math.inf
 
     def bar(self, incumbent: int) -> float:
-        """What children must be below: the incumbent's run of their seed where that is sharper."""
-        first, mean = self.ended.get((incumbent, 0), math.inf), self.mean(incumbent)
-        known = first <= mean + self.rules.cliff and incumbent in self.losses
-        return first if known and self.noise.seeds_help(1, len(self.losses[incumbent])) else mean
+        """What children must be below: the incumbent's loss on their seed.
+
+        Another's than the start's is not taken from its own run of that seed, by which it was
+        chosen: its fresh runs are carried over by what the two seeds make of the start.
+        """
+        start, own = self.losses.get(START, {}), self.losses.get(incumbent, {})
+        if incumbent == START:
+            return start.get(0, self.mean(START))
+        moved = [own[seed] + start[0] - start[seed] for seed in own if {0, seed} <= start.keys()]
+        return sum(moved) / len(moved) if moved else self.mean(incumbent)
 
     def enter(self, point: int, replicate: int, loss: float) -> None:
         """Adds a run of `point`, unless it diverged."""
@@ -207,7 +213,9 @@ class _Books:
 
         Both run the same seeds, one after the other, since most challengers are no better: it stops
         as soon as the fresh runs show no gain, or one of `guard` standard errors. After `confirm`
-        runs in between, the incumbent stays. A fresh run off the cliff rejects at once.
+        runs in between, the incumbent stays. A fresh run off the cliff rejects at once. While the
+        noise on equal seeds is not known, for want of points with several runs, only a loss of
+        `guard` standard errors stops it.
         """
         for step in range(1, max(1, self.rules.confirm) + 1):
             replicates = step + 1 if self.rules.confirm else 1
@@ -221,10 +229,11 @@ class _Books:
             if incumbent not in self.losses:
                 return True
             gain = self.noise.gain(challenger, over=incumbent)
-            if not gain.nats > 0:
-                return False
-            if self.rules.guard == 0 or gain.nats > self.rules.guard * gain.standard_error:
+            surely = self.rules.guard * gain.standard_error
+            if gain.nats > 0 and (self.rules.guard == 0 or gain.nats > surely):
                 return True
+            if gain.nats <= 0 and (self.noise.knows_seeds or gain.nats < -surely):
+                return False
         return False
 
 
@@ -244,13 +253,17 @@ def fold(runs: Sequence[Run], rules: Rules) -> State:
             break
         bar = books.bar(incumbent)
         ranked = sorted((books.ended[run.point, 0], run.point) for run in batch)
+        proposed_elsewhere = {run.point for run in batch if run.centre is None}
         step = step_after(len(rounds))
         if rules.linear_step and (step, 0) not in books.ended:
             wanted = ((step, 0),)
             break
-        stepped = [(books.ended[step, 0], step)] if rules.linear_step else []
-        loss, best = min(stepped + ranked)
-        challenger = best if loss < bar else None
+        # A child was the lowest of many, by luck too: it only challenges where no step does.
+        candidates = ranked[:1]
+        if rules.linear_step:
+            given = [entry for entry in ranked if entry[1] in proposed_elsewhere]
+            candidates = [min([(books.ended[step, 0], step), *given]), *candidates]
+        challenger = next((point for loss, point in candidates if loss < bar), None)
         verdict = challenger is not None and books.challenge(challenger, incumbent)
         if isinstance(verdict, tuple):
             wanted = verdict

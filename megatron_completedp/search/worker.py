@@ -28,7 +28,7 @@ from megatron_completedp.search.objective import Facts, Objective
 from megatron_completedp.search.progress import Progress
 from megatron_completedp.search.pruning import Pruner
 from megatron_completedp.search.queue import Queue, Taken
-from megatron_completedp.search.samplers import make_sampler
+from megatron_completedp.search.samplers import make_sampler, resolved_options
 from megatron_completedp.search.settings import DATABASE_FILE, SearchSettings, database_url
 from megatron_completedp.search.space import Space
 from megatron_completedp.search.storage import (
@@ -70,7 +70,7 @@ class Search:
         settings = self.settings
         proposals = {
             "sampler": settings.sampler,
-            "options": dict(settings.sampler_options),
+            "options": resolved_options(settings.sampler, settings.sampler_options),
             "seed": settings.seed,
             "prune": settings.prune,
         }

@@ -63,28 +63,34 @@ def test_without_any_slope_there_is_no_direction() -> None:
     points, one = np.random.default_rng(3).uniform(-1, 1, (6, 4)), np.zeros(6, dtype=np.int64)
     assert not descent(points, np.full(6, 4.2), one).any()
     assert not descent(points, np.arange(6.0), np.arange(6)).any()  # each alone in its group
+    square = np.array([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]])
+    bowl = np.array([1.0, 1.0, 2.0, 2.0])  # the losses differ, their slopes are exactly 0
+    assert not descent(square, bowl, np.zeros(4, dtype=np.int64)).any()
 
 
 def child(slot: int, loss: float) -> Run:
     return Run(slot, slot, 0, loss, (START,), 1.0)
 
 
-def test_after_a_round_the_better_of_step_and_best_child_challenges() -> None:
+def test_after_a_round_a_step_below_the_incumbent_challenges_else_the_best_child() -> None:
     rules = Rules(round_size=2, start_replicates=1, confirm=1, guard=0.0)
     runs = [Run(0, START, 0, 1.0), child(1, 0.95), child(2, 1.1)]
     assert fold(runs[:2], rules).wanted == ()
     step = step_after(0)
     assert fold(runs, rules).wanted == ((step, 0),)
-    # A step that is worse leaves the challenge to the child, on fresh seeds.
-    worse = [*runs, Run(3, step, 0, 0.97)]
-    assert fold(worse, rules).wanted == ((1, 1), (START, 1))
-    better = [*runs, Run(3, step, 0, 0.9)]
+    # One above the incumbent leaves the challenge to the child, on fresh seeds; one that is only
+    # above the child does not, for the child was the luckiest of several.
+    assert fold([*runs, Run(3, step, 0, 1.01)], rules).wanted == ((1, 1), (START, 1))
+    better = [*runs, Run(3, step, 0, 0.97)]
     assert fold(better, rules).wanted == ((step, 1), (START, 1))
     won = fold([*better, Run(4, step, 1, 0.9), Run(5, START, 1, 1.0)], rules)
     assert (won.incumbent, won.centre, won.loss) == (step, (step,), 0.9)
     lost = fold([*better, Run(4, step, 1, 1.0), Run(5, START, 1, 0.9)], rules)
     assert (lost.incumbent, lost.rounds[0].challenger) == (START, step)
-    # One that diverged is no challenger.
+    # What something else proposed challenges if it is below the step.
+    given = [runs[0], Run(1, 1, 0, 0.95), runs[2], Run(3, step, 0, 0.97)]
+    assert fold(given, rules).wanted == ((1, 1), (START, 1))
+    # A step that diverged is no challenger.
     assert fold([*runs, Run(3, step, 0, math.inf)], rules).wanted[0] == (1, 1)
 
 
@@ -116,21 +122,32 @@ def test_steps_gain_what_single_children_cannot() -> None:
 
 
 def test_a_step_is_the_same_whoever_takes_it() -> None:
-    study, sampler = search(27, 7)  # three runs of the start, a round of 24
-    assert sampler.state(study).wanted == ((step_after(0), 0),)
     steps = []
-    for _ in range(2):  # the second worker asks before the first has ended
+    for _ in range(2):
+        study, sampler = search(27, 7)  # three runs of the start, a round of 24
+        assert sampler.state(study).wanted == ((step_after(0), 0),)
+        # Another worker than the one that saw the round.
         study.sampler = TrustRegionSampler(seed=7, space=sampler._space, radius=1.0)
-        trial = study.ask(sampler._space)
-        assert study.trials[-1].system_attrs[TAG]["point"] == (
-            step_after(0) if not steps else trial.number
-        )
-        steps.append(trial)
-    again = TrustRegionSampler(seed=7, space=sampler._space, radius=1.0)
-    study.tell(steps[1], 9.0)
-    study.tell(steps[0], tilted(steps[0].params, 0))
-    assert again.params(study, step_after(0)) == steps[0].params
+        steps.append(study.ask(sampler._space))
+        # While it runs, nobody else takes it.
+        other = study.ask(sampler._space)
+        assert study.trials[other.number].system_attrs[TAG]["point"] == other.number
+    first, second = (step.params for step in steps)
+    assert first == second
+    assert first != search(27, 8)[0].ask(sampler._space).params
     # No coordinate leaves the region, and the step is about as long as a child's.
-    moved = np.array(list(steps[0].params.values()))
+    moved = np.array(list(first.values()))
     assert abs(moved).max() <= 1.0
     assert 0.8 * math.sqrt(40 / 3) < np.linalg.norm(moved) <= math.sqrt(40 / 3) + 1e-9
+
+
+def test_children_of_a_wider_region_are_compared_among_themselves() -> None:
+    """Curvature lifts all losses of a wide round: between regions that is no slope."""
+    generator = np.random.default_rng(5)
+    points, slope = generator.uniform(-1, 1, (96, 20)), generator.normal(size=20) * 0.02
+    scales = np.repeat([1.0, 1.5, 2.25, 3.4], 24)
+    points *= scales[:, None]
+    losses = points @ slope + 0.01 * (points**2).sum(axis=1)
+    by_region = cosine(descent(points, losses, np.repeat([0, 1, 2, 3], 24)), slope)
+    as_one = cosine(descent(points, losses, np.zeros(96, dtype=np.int64)), slope)
+    assert by_region > as_one + 0.1

@@ -142,25 +142,25 @@ def test_any_number_of_workers_stay_in_the_region_and_lose_no_round(
 
 def test_the_state_is_that_of_the_trials_and_not_of_the_sampler(tmp_path: Path) -> None:
     """One that lived through the study, a fresh one, and one stopped after every trial."""
-    lived = TrustRegionSampler(seed=3, space=SPACE)
+    lived = TrustRegionSampler(seed=3, space=SPACE, round_size=4)
     study = optuna.create_study(sampler=lived)
     for _ in range(30):
         step(study)
-    fresh = TrustRegionSampler(seed=3, space=SPACE)
+    fresh = TrustRegionSampler(seed=3, space=SPACE, round_size=4)
     assert fresh.state(study) == lived.state(study)
     assert lived.params(study, lived.state(study).incumbent) == fresh.params(
         study, fresh.state(study).incumbent
     )
     url = f"sqlite:///{tmp_path / 'study.db'}"
     for _ in range(30):
-        sampler = TrustRegionSampler(seed=3, space=SPACE)
+        sampler = TrustRegionSampler(seed=3, space=SPACE, round_size=4)
         step(optuna.create_study(storage=url, study_name="s", load_if_exists=True, sampler=sampler))
     stopped = optuna.load_study(storage=url, study_name="s", sampler=fresh)
     assert points(stopped) == points(study)
     assert fresh.state(stopped) == lived.state(study)
 
     # Negative control: another seed is another sequence.
-    other = optuna.create_study(sampler=TrustRegionSampler(seed=4, space=SPACE))
+    other = optuna.create_study(sampler=TrustRegionSampler(seed=4, space=SPACE, round_size=4))
     for _ in range(30):
         step(other)
     assert points(other)[:3] == points(study)[:3]  # runs of the start
@@ -168,29 +168,29 @@ def test_the_state_is_that_of_the_trials_and_not_of_the_sampler(tmp_path: Path) 
 
 
 def test_one_sampler_used_in_two_studies_does_not_mix_them() -> None:
-    sampler = TrustRegionSampler(space=SPACE)
+    sampler = TrustRegionSampler(space=SPACE, round_size=4)
     first, second = (optuna.create_study(sampler=sampler) for _ in range(2))
     for _ in range(25):
         step(first)
         trial = second.ask(SPACE)
         second.tell(trial, -noisy(trial.params, 0))
     for study in (first, second):
-        assert sampler.state(study) == TrustRegionSampler(space=SPACE).state(study)
+        assert sampler.state(study) == TrustRegionSampler(space=SPACE, round_size=4).state(study)
 
 
 @pytest.mark.parametrize("suggested", [0, 2, 4])
 def test_a_killed_worker_changes_nothing_but_trial_numbers(suggested: int) -> None:
     """Killed after some of the parameters were written; Optuna's retry then takes its slot."""
-    undisturbed = optuna.create_study(sampler=TrustRegionSampler(seed=5, space=SPACE))
+    undisturbed = optuna.create_study(sampler=TrustRegionSampler(seed=5, space=SPACE, round_size=4))
     for _ in range(30):
         step(undisturbed)
-    study = optuna.create_study(sampler=TrustRegionSampler(seed=5, space=SPACE))
+    study = optuna.create_study(sampler=TrustRegionSampler(seed=5, space=SPACE, round_size=4))
     killer = random.Random(0)
     while len(points(study)) < 30:
         if killer.random() < 0.3:
             some = dict(list(SPACE.items())[:suggested])
             _retry(study, study.ask(some))
-            study.sampler = TrustRegionSampler(seed=5, space=SPACE)
+            study.sampler = TrustRegionSampler(seed=5, space=SPACE, round_size=4)
         step(study)
     assert len(study.trials) > 33  # some were killed
     assert points(study) == points(undisturbed)

@@ -97,8 +97,10 @@ def test_a_challenger_is_judged_by_fresh_runs_and_not_by_the_one_it_was_chosen_f
     rules = best_child(round_size=2, start_replicates=3, confirm=3)
     runs = [*start(1.0, 1.02, 0.98), child(3, 0.5), child(4, 1.1)]
     assert fold(runs, rules).wanted == ((3, 1),)
-    worse = fold([*runs, Run(5, 3, 1, 1.01)], rules)
+    worse = fold([*runs, Run(5, 3, 1, 1.2)], rules)
     assert (worse.incumbent, worse.wanted) == (START, ())  # settled by one run
+    # A little worse does not settle it before the noise on equal seeds is known.
+    assert fold([*runs, Run(5, 3, 1, 1.01)], rules).wanted == ((3, 2),)
     better = fold([*runs, Run(5, 3, 1, 0.9)], rules)
     assert (better.incumbent, better.loss, better.runs) == (3, 0.9, 1)
 
@@ -120,7 +122,7 @@ def test_the_incumbent_is_run_again_when_its_challenger_has_more_runs() -> None:
     runs = [*start(1.0, 1.02), child(2, 0.5), Run(3, 2, 1, 0.5)]
     assert fold(runs, rules).incumbent == 2  # on one run
     # A gain of 0.01 where two runs have a standard error of 0.014 * sqrt(2).
-    runs += [child(4, 0.49), Run(5, 4, 1, 0.49)]
+    runs += [child(4, 0.47), Run(5, 4, 1, 0.49)]
     assert fold(runs, rules).wanted == ((4, 2), (2, 2))
 
 
@@ -163,24 +165,30 @@ def test_recentring_takes_the_best_quarter_of_round_and_incumbent() -> None:
     assert (state.incumbent, state.centre) == (3, (1, 3))  # 2 of 7 children and the incumbent
 
 
-@given(st.integers(0, 2**32 - 1), st.integers(1, 5), st.integers(0, 3), st.booleans())
+@given(
+    st.integers(0, 2**32 - 1), st.integers(1, 5), st.integers(0, 3), st.booleans(), st.booleans()
+)
 @settings(max_examples=15, deadline=None)
 def test_the_order_of_the_runs_does_not_matter(
-    seed: int, round_size: int, confirm: int, recentre: bool
+    seed: int, round_size: int, confirm: int, recentre: bool, linear_step: bool
 ) -> None:
-    rules = best_child(round_size=round_size, confirm=confirm, recentre=recentre)
-    runs = _search(lambda point, _: 1.0 - 0.01 * point, rules, slots=40, seed=seed)
+    rules = Rules(
+        round_size=round_size, confirm=confirm, recentre=recentre, linear_step=linear_step
+    )
+    runs = _search(lambda point, _: 1.0 - 0.01 * abs(point), rules, slots=40, seed=seed)
     shuffled = list(runs)
     random.Random(seed).shuffle(shuffled)
     assert fold(shuffled, rules) == fold(runs, rules)
 
 
-@given(st.integers(0, 2**32 - 1), st.integers(1, 5))
-@settings(max_examples=5, deadline=None)
-def test_later_runs_never_change_a_decided_round(seed: int, round_size: int) -> None:
+@given(st.integers(0, 2**32 - 1), st.integers(1, 5), st.booleans())
+@settings(max_examples=10, deadline=None)
+def test_later_runs_never_change_a_decided_round(
+    seed: int, round_size: int, linear_step: bool
+) -> None:
     """A decision that used whatever is known by now would be taken differently later."""
-    rules = best_child(round_size=round_size)
-    runs = _search(lambda point, _: 1.0 - 0.01 * point, rules, slots=40, seed=seed)
+    rules = Rules(round_size=round_size, linear_step=linear_step)
+    runs = _search(lambda point, _: 1.0 - 0.01 * abs(point), rules, slots=40, seed=seed)
     whole = fold(runs, rules).rounds
     for count in range(len(runs)):
         part = fold(runs[:count], rules).rounds
