@@ -1,4 +1,7 @@
-"""The scripts of examples/engines, as a user starts them: any sharding trains like one process."""
+"""The scripts of examples/engines, as a user starts them: any sharding trains like one process.
+
+Slow: each is several starts of torch and transformers; what they call has fast tests of its own.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,8 @@ pytest.importorskip("megatron.core")
 pytest.importorskip("transformers")
 
 from tests.mcore.train_runs import ROOT, make_corpus, write_run
+
+pytestmark = pytest.mark.slow
 
 STEPS = 6
 
@@ -48,12 +53,11 @@ def test_fsdp2_on_two_processes_trains_like_one(config: Path) -> None:
     assert losses(config, "fsdp2.py", ranks=2) == pytest.approx(one, abs=2e-5)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["1", "3"])
 def test_zero_on_two_processes_trains_like_fsdp2_on_one(
     stage: str, config: Path, tmp_path: Path
 ) -> None:
-    """Slow: DeepSpeed compiles its communication, in a folder of this test's own."""
+    """DeepSpeed compiles its communication at first, in a folder of this test's own."""
     pytest.importorskip("deepspeed", reason="pip install -e '.[deepspeed]'")
     environment = {"DS_ACCELERATOR": "cpu", "TORCH_EXTENSIONS_DIR": str(tmp_path)}
     zero = losses(config, "zero.py", "--stage", stage, ranks=2, **environment)
