@@ -12,6 +12,7 @@ import pytest
 optuna = pytest.importorskip("optuna")
 
 from optuna.distributions import FloatDistribution  # noqa: E402
+from optuna.trial import create_trial  # noqa: E402
 
 from megatron_completedp.search.linear_model import descent  # noqa: E402
 from megatron_completedp.search.trust_region import TrustRegionSampler  # noqa: E402
@@ -22,7 +23,7 @@ from megatron_completedp.search.trust_state import (  # noqa: E402
     fold,
     step_after,
 )
-from megatron_completedp.search.trust_trials import REPLICATE, TAG  # noqa: E402
+from megatron_completedp.search.trust_trials import REPLICATE, TAG, Trials  # noqa: E402
 
 
 def cosine(direction: np.ndarray, slope: np.ndarray) -> float:
@@ -151,3 +152,58 @@ def test_children_of_a_wider_region_are_compared_among_themselves() -> None:
     by_region = cosine(descent(points, losses, np.repeat([0, 1, 2, 3], 24)), slope)
     as_one = cosine(descent(points, losses, np.zeros(96, dtype=np.int64)), slope)
     assert by_region > as_one + 0.1
+
+
+AXES = {name: FloatDistribution(-100, 100) for name in ("a", "b")}
+
+
+def slope_seen(
+    children: list[tuple[dict[str, float], float, float]], near: float = 10.0
+) -> np.ndarray:
+    """The direction that the sampler sees from the origin in children (point, loss, scale)."""
+    trials = {
+        slot: create_trial(
+            params=point, distributions={name: AXES[name] for name in point}, value=loss
+        )
+        for slot, (point, loss, _) in enumerate(children)
+    }
+    runs = [
+        Run(slot, slot, 0, loss, (START,), scale) for slot, (_, loss, scale) in enumerate(children)
+    ]
+    sampler = TrustRegionSampler(space=AXES, radius=1.0)
+    origin = dict.fromkeys(AXES, 0.0)
+    held = Trials(runs, trials, len(runs))
+    return sampler._descent(sampler.axes(AXES), held, origin, len(runs), 1.0, near)
+
+
+def point(a: float, b: float) -> dict[str, float]:
+    return {"a": a, "b": b}
+
+
+#: Four children at scale 1, whose losses fall with a.
+CROSS = [
+    (point(1, 0), -0.05, 1.0),
+    (point(-1, 0), 0.05, 1.0),
+    (point(0, 1), 0.0, 1.0),
+    (point(0, -1), 0.0, 1.0),
+]
+
+
+def test_the_sampler_keeps_the_rounds_of_a_centre_apart_by_their_scale() -> None:
+    # Curvature lifts the wide round by 0.5, and it happens to lie where a is positive.
+    wide = [(point(2, 1), 0.40), (point(3, -1), 0.35), (point(2.5, 0), 0.375)]
+    assert slope_seen(CROSS)[0] > 0.99
+    assert slope_seen(CROSS + [(*child, 3.0) for child in wide])[0] > 0.99
+    # Negative control: as one round, that reads as a slope the other way.
+    assert slope_seen(CROSS + [(*child, 1.0) for child in wide])[0] < 0
+
+
+def test_the_sampler_leaves_out_children_far_from_the_incumbent() -> None:
+    far = [(point(20, 0), 0.1, 2.0), (point(22, 0), 0.5, 2.0), (point(21, 1), 0.3, 2.0)]
+    assert slope_seen(CROSS + far, near=2.5)[0] > 0.99
+    assert slope_seen(CROSS + far, near=30)[0] < 0  # negative control
+
+
+def test_a_child_without_some_parameter_is_left_out() -> None:
+    assert slope_seen([*CROSS, ({"a": 1.0}, 0.9, 1.0)])[0] > 0.99
+    assert not slope_seen([({"a": 1.0}, 0.9, 1.0)]).any()
