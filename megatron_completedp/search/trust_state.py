@@ -177,8 +177,8 @@ class _Books:
     def bar(self, incumbent: int) -> float:
         """What children must be below: the incumbent's loss on their seed.
 
-        Another's than the start's is not taken from its own run of that seed, by which it was
-        chosen: its fresh runs are carried over by what the two seeds make of the start.
+        The start's is its run of that seed. Any other incumbent was chosen by its run of that seed,
+        so its fresh runs count, each corrected by how the start's losses on the two seeds differ.
         """
         start, own = self.losses.get(START, {}), self.losses.get(incumbent, {})
         if incumbent == START:

@@ -108,12 +108,12 @@ def test_the_synthetic_instance_is_what_it_says(dimensions: int) -> None:
 def test_on_the_synthetic_instance_the_trust_region_beats_random_draws() -> None:
     """At 23 coordinates random draws fall off a cliff nine times in ten; the base stays their best.
 
-    Measured gains of 0.015, 0.059 and 0.030 nats of the 0.1 there are, for the first three seeds.
+    Measured gains of 0.071, 0.083 and 0.065 nats of the 0.1 there are, for the first three seeds.
     """
     steps = list(compare(synthetic(23), ["trust_region", "random"], runs=150, repeats=2))
     last = {(step.sampler, step.repeat): step for step in steps}
     for repeat in range(2):
         ours, theirs = last["trust_region", repeat], last["random", repeat]
-        assert ours.loss < 3.5 - 0.01
+        assert ours.loss < 3.5 - 0.05
         assert theirs.loss == 3.5
         assert ours.diverged < theirs.diverged
