@@ -16,7 +16,8 @@ from torch import Tensor
 from megatron_completedp.check.tokens import Batches
 from megatron_completedp.config.parallel import ParallelConfig
 from megatron_completedp.config.run import RunConfig
-from megatron_completedp.core.hyperparams import Resolved, resolve
+from megatron_completedp.core.hyperparams import Resolved
+from megatron_completedp.core.resolve import resolve
 from megatron_completedp.core.roles import Module
 from megatron_completedp.core.schedule import Schedule
 from megatron_completedp.core.tables import Table

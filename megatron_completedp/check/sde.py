@@ -14,8 +14,8 @@ from pathlib import Path
 from megatron_completedp.check import quadratic
 from megatron_completedp.check.settings import command_line
 from megatron_completedp.check.sizes import base_run, small_base
-from megatron_completedp.core.hyperparams import resolve
 from megatron_completedp.core.ratios import Ratios
+from megatron_completedp.core.resolve import resolve
 from megatron_completedp.core.roles import Role
 from megatron_completedp.core.tables import Parametrization, Rules
 from megatron_completedp.core.tables import Table as Rulebook

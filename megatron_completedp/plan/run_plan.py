@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 from megatron_completedp.config.run import RunConfig
 from megatron_completedp.core.budget import Budget, budget
-from megatron_completedp.core.hyperparams import Resolved, resolve
+from megatron_completedp.core.hyperparams import Resolved
 from megatron_completedp.core.render import render_plan
+from megatron_completedp.core.resolve import resolve
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class Plan:
 
     @classmethod
     def of(cls, config: RunConfig) -> Plan:
-        """Resolve `config`; raises what `core.hyperparams.resolve` raises."""
+        """Resolve `config`; raises what `core.resolve.resolve` raises."""
         return cls(
             config=config,
             resolved=resolve(

@@ -207,7 +207,7 @@ def test_what_was_measured_is_not_measured_again(
     assert second == first
     # Rows of other rules are no measurements of these.
     other = wrong("embedding", "lr", "m_N", 1)
-    monkeypatch.setattr("megatron_completedp.core.hyperparams.build_table", lambda rules: other)
+    monkeypatch.setattr("megatron_completedp.core.resolve.build_table", lambda rules: other)
     with Bench(small_base(), tmp_path, steps=(0, 1)) as bench:
         assert bench.series(ladder, 1, 0), "at the base all tables are one"
         with pytest.raises(NameError, match="probe"):

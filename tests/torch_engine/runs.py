@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_completedp.convert.hf_config import model_config
-from megatron_completedp.core.hyperparams import resolve
+from megatron_completedp.core.resolve import resolve
 from megatron_completedp.core.shape import ModelShape
 from megatron_completedp.core.tables import Table
 from megatron_completedp.plan.run_plan import Plan

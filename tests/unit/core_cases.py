@@ -7,10 +7,11 @@ from itertools import product
 from hypothesis import Phase, settings
 from hypothesis import strategies as st
 
-from megatron_completedp.core.hyperparams import BaseHyperparams, Resolved, resolve
+from megatron_completedp.core.hyperparams import BaseHyperparams, Resolved
 from megatron_completedp.core.monomial import Monomial
 from megatron_completedp.core.multipliers import Multipliers
 from megatron_completedp.core.ratios import Ratios
+from megatron_completedp.core.resolve import resolve
 from megatron_completedp.core.shape import ModelShape
 from megatron_completedp.core.tables import PARAMETRIZATIONS, Row, Rules, Table
 

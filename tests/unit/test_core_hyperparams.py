@@ -10,7 +10,7 @@ from core_cases import SMALL, all_rules, quick, resolve_small
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_completedp.core.hyperparams import BaseHyperparams, resolve
+from megatron_completedp.core.hyperparams import BaseHyperparams
 from megatron_completedp.core.multipliers import (
     DepthProfiles,
     LayerProfiles,
@@ -18,6 +18,7 @@ from megatron_completedp.core.multipliers import (
     Multipliers,
 )
 from megatron_completedp.core.ratios import Ratios
+from megatron_completedp.core.resolve import resolve
 from megatron_completedp.core.roles import GAIN_ROLES, Module
 from megatron_completedp.core.tables import PARAMETRIZATIONS, Rules
 from megatron_completedp.errors import ConfigError, HyperparamError

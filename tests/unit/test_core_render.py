@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 
 from megatron_completedp.core.budget import budget
-from megatron_completedp.core.hyperparams import BaseHyperparams, Resolved, resolve
+from megatron_completedp.core.hyperparams import BaseHyperparams, Resolved
 from megatron_completedp.core.multipliers import DepthProfiles, ModuleMultipliers, Multipliers
 from megatron_completedp.core.ratios import Ratios
 from megatron_completedp.core.render import all_rules_markdown, layer_ranges, render_plan
+from megatron_completedp.core.resolve import resolve
 from megatron_completedp.core.roles import Module
 from megatron_completedp.core.shape import ModelShape
 from megatron_completedp.core.tables import Rules
