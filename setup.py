@@ -21,6 +21,7 @@ setup(
         "torch>=2.6",
         "megatron-core>=0.16.1,<0.20",
         "numpy",
+        "scipy",
         "sentencepiece",
         "psutil",
         "pyyaml",
@@ -36,8 +37,8 @@ setup(
         "preprocess": ["gigatoken>=0.10", "tokenizers", "pyarrow"],
         # tools/evaluate.py: scores on local files.
         "evaluate": ["lm_eval", "accelerate", "transformers"],
-        # psycopg: a study in PostgreSQL; cmaes, scipy: the samplers of these names.
-        "search": ["optuna>=4", "cmaes", "scipy", "psycopg[binary]"],
+        # psycopg: a study in PostgreSQL; cmaes: the sampler of this name.
+        "search": ["optuna>=4", "cmaes", "psycopg[binary]"],
         # The sampler turbo.
         "turbo": ["botorch"],
         # tools/convert_checkpoint.py: protobuf reads SentencePiece models.

@@ -8,11 +8,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from scipy.stats import t
+
 from megatron_completedp.check.drift import LadderResult, best_of
 from megatron_completedp.check.ladder import Ladder
 from megatron_completedp.data.atomic import atomic_write
 from megatron_completedp.errors import CompletedPError
-from megatron_completedp.study.fit import Interval, Slope, bootstrap, slope
+from megatron_completedp.study.fit import QUANTILES, Interval, Slope, bootstrap, slope
 
 #: The line of a run's YAML that holds the exponent, with its comment.
 _LINE = re.compile(r"^duration_exponent:.*\n?", re.MULTILINE)
@@ -25,8 +27,8 @@ class Exponent:
     value: float
     interval: Interval
     """Over the seeds: how they move the optima, and the line with them."""
-    line_error: float
-    """Standard error of the line's slope, from how far the optima lie from it; NaN for two."""
+    line_interval: Interval
+    """By how far the optima lie from one line (Student's t); NaN for two of them, which do not."""
 
 
 def fitted_exponent(ladder: Ladder, result: LadderResult) -> Exponent:
@@ -50,10 +52,12 @@ def fitted_exponent(ladder: Ladder, result: LadderResult) -> Exponent:
 
     count = len(ladder.settings.seeds)
     whole = line(range(count))
+    value, freedom = applied - whole.value, len(result.sizes) - 2
+    reach = float(t.ppf(QUANTILES[1], freedom)) * whole.standard_error if freedom else math.nan
     return Exponent(
-        value=applied - whole.value,
+        value=value,
         interval=bootstrap(count, lambda drawn: applied - line(drawn).value),
-        line_error=whole.standard_error,
+        line_interval=Interval(value - reach, value + reach),
     )
 
 
@@ -74,8 +78,9 @@ def write_exponent(path: Path, exponent: Exponent) -> str:
     comment = "no interval: too few seeds"
     if not math.isnan(low):
         comment = f"95 % over seeds [{low:.3f}, {high:.3f}]"
-    if not math.isnan(exponent.line_error):
-        comment += f", standard error of the line {exponent.line_error:.3f}"
+    low, high = exponent.line_interval.low, exponent.line_interval.high
+    if not math.isnan(low):
+        comment += f", of the line [{low:.3f}, {high:.3f}]"
     line = f"duration_exponent: {value}  # fitted by check transfer, {comment}\n"
     text = path.read_text(encoding="utf-8")
     text, found = _LINE.subn(line, text)

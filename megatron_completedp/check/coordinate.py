@@ -47,7 +47,7 @@ class CoordinateSettings:
     depths: tuple[float, ...] = (1, 2, 4)
     """Ratios of the depth to the base's."""
     alphas: tuple[float, ...] = (1, 0.5)
-    """Depth exponents that the ladder of depths is measured at."""
+    """Depth exponents that the ladder of depths is measured at; other ladders take the run's."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds of weights and data, over which slopes are averaged."""
 
@@ -55,14 +55,15 @@ class CoordinateSettings:
 def run(settings: CoordinateSettings, out: Path) -> Report:
     """Measure the ladders of `settings` and hold their slopes to the derived ones."""
     base = base_run(settings.run, settings.parametrization)
+    alpha = base.rules.depth_alpha
     ladders = [
-        Ladder(axis="width", ratios=settings.widths, seeds=settings.seeds),
+        Ladder(axis="width", ratios=settings.widths, seeds=settings.seeds, alpha=alpha),
         *(
-            Ladder(axis="depth", ratios=settings.depths, seeds=settings.seeds, alpha=alpha)
-            for alpha in settings.alphas
+            Ladder(axis="depth", ratios=settings.depths, seeds=settings.seeds, alpha=each)
+            for each in settings.alphas
         ),
-        Ladder(axis="batch", ratios=(1, 4), seeds=settings.seeds[:1]),
-        Ladder(axis="duration", ratios=(1, 4), seeds=settings.seeds[:1]),
+        Ladder(axis="batch", ratios=(1, 4), seeds=settings.seeds[:1], alpha=alpha),
+        Ladder(axis="duration", ratios=(1, 4), seeds=settings.seeds[:1], alpha=alpha),
     ]
     findings: list[Finding] = []
     figures, tables = [], []
@@ -113,16 +114,19 @@ def finding(
 ) -> Finding:
     """The mean slope of one series over `steps` against its band."""
     quantity, name, where = series
-    alpha = f" (alpha {ladder.alpha:g})" if ladder.axis == "depth" else ""
     at = f"step {steps[0]}" if len(steps) == 1 else f"steps {steps[0]} to {steps[-1]}"
     place = f"{name}, {where}" if where not in ("", "layers") else name
     return Finding(
-        what=f"{ladder.axis}{alpha}: slope of {quantity} of {place}, {at}",
+        what=f"{ladder.axis}{_at_alpha(ladder)}: slope of {quantity} of {place}, {at}",
         value=fmean(found[Key(quantity, name, where, step)] for step in steps),
         low=band.low,
         high=band.high,
         note=band.note,
     )
+
+
+def _at_alpha(ladder: Ladder) -> str:
+    return f" (alpha {ladder.alpha:g})" if ladder.axis == "depth" else ""
 
 
 def divergence(bench: Bench, ladder: Ladder) -> Iterator[Finding]:
@@ -146,7 +150,7 @@ def describe(bench: Bench, ladders: Sequence[Ladder]) -> dict[str, str]:
     """The settings of a report on `ladders`."""
     model, base = bench.base.model, bench.base
     sizes = {
-        f"{ladder.axis} ratios": ", ".join(f"{ratio:g}" for ratio in ladder.ratios)
+        f"{ladder.axis} ratios{_at_alpha(ladder)}": ", ".join(f"{r:g}" for r in ladder.ratios)
         for ladder in ladders
     }
     return {

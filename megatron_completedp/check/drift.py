@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -51,6 +51,9 @@ class LadderResult:
     span: float
     """Octaves between the outermost optima; NaN when a size has none."""
     span_interval: Interval
+    """Over the seeds; it takes the window as given."""
+    span_by_window: Mapping[float, float]
+    """The span by half, once and twice the settings' window: what the fit itself makes of it."""
 
     @property
     def problems(self) -> list[str]:
@@ -68,15 +71,11 @@ def analyse(ladder: Ladder, parametrization: Parametrization, rows: Sequence[Row
     """
     sizes = sorted(ladder.settings.sizes)
     count = len(ladder.settings.seeds)
+    window = ladder.settings.window
     curves = {size: ladder.curves(parametrization, size, rows) for size in sizes}
 
     def optima(drawn: Sequence[int]) -> dict[int, Optimum]:
-        window = ladder.settings.window
         return {size: best_of(seeds, drawn, window=window) for size, seeds in curves.items()}
-
-    def span(drawn: Sequence[int]) -> float:
-        found = [best.x for best in optima(drawn).values()]
-        return math.nan if any(map(math.isnan, found)) else max(found) - min(found)
 
     def result(size: int) -> SizeResult:
         def drift(drawn: Sequence[int]) -> float:
@@ -100,9 +99,38 @@ def analyse(ladder: Ladder, parametrization: Parametrization, rows: Sequence[Row
     return LadderResult(
         parametrization=parametrization,
         sizes=tuple(result(size) for size in sizes),
-        span=span(everyone),
-        span_interval=bootstrap(count, span),
+        span=span_of(curves.values(), everyone, window=window),
+        span_interval=bootstrap(
+            count, lambda drawn: span_of(curves.values(), drawn, window=window)
+        ),
+        span_by_window={
+            factor * window: span_of(curves.values(), everyone, window=factor * window)
+            for factor in (0.5, 1.0, 2.0)
+        },
     )
+
+
+def excess(other: LadderResult, judged: LadderResult, *, window: float) -> tuple[float, Interval]:
+    """Octaves that `other` drifts more than `judged`, with an interval; NaN without optima.
+
+    Both are resampled together: they share seeds, and so their noise in part.
+    """
+
+    def difference(drawn: Sequence[int]) -> float:
+        far, near = (
+            span_of([item.seeds for item in result.sizes], drawn, window=window)
+            for result in (other, judged)
+        )
+        return far - near
+
+    count = len(judged.sizes[0].seeds)
+    return difference(range(count)), bootstrap(count, difference)
+
+
+def span_of(curves: Iterable[Sequence[SeedCurve]], drawn: Sequence[int], *, window: float) -> float:
+    """Octaves between the outermost optima of the sizes' curves; NaN when one has none."""
+    found = [best_of(seeds, drawn, window=window).x for seeds in curves]
+    return math.nan if any(map(math.isnan, found)) else max(found) - min(found)
 
 
 def best_of(seeds: Sequence[SeedCurve], drawn: Sequence[int], *, window: float) -> Optimum:

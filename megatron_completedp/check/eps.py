@@ -17,9 +17,9 @@ from megatron_completedp.check.measure import Bench, Key, Ladder, slopes
 from megatron_completedp.check.settings import command_line
 from megatron_completedp.check.sizes import base_run
 from megatron_completedp.config.run import RunConfig
-from megatron_completedp.core.multipliers import ModuleMultipliers
 from megatron_completedp.core.roles import GAIN_ROLES, MODULE_ROLES, Module
 from megatron_completedp.core.tables import Parametrization
+from megatron_completedp.plan.run_plan import Plan
 from megatron_completedp.study.report import Finding, Report
 
 #: The first update alone: its gradient is the one that eps was set by.
@@ -48,7 +48,7 @@ class EpsSettings:
     depths: tuple[float, ...] = (1, 2, 4)
     """Ratios of the depth to the base's."""
     alphas: tuple[float, ...] = (1, 0.5)
-    """Depth exponents that the ladder of depths is measured at."""
+    """Depth exponents that the ladder of depths is measured at; other ladders take the run's."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds of weights and data, over which slopes are averaged."""
 
@@ -56,14 +56,15 @@ class EpsSettings:
 def run(settings: EpsSettings, out: Path) -> Report:
     """Measure updates and decay along the ladders of `settings`, which must all be flat."""
     base = base_run(settings.run, settings.parametrization)
+    alpha = base.rules.depth_alpha
     ladders = [
-        Ladder(axis="width", ratios=settings.widths, seeds=settings.seeds),
+        Ladder(axis="width", ratios=settings.widths, seeds=settings.seeds, alpha=alpha),
         *(
-            Ladder(axis="depth", ratios=settings.depths, seeds=settings.seeds, alpha=alpha)
-            for alpha in settings.alphas
+            Ladder(axis="depth", ratios=settings.depths, seeds=settings.seeds, alpha=each)
+            for each in settings.alphas
         ),
-        Ladder(axis="batch", ratios=(1, 4), seeds=settings.seeds[:1]),
-        Ladder(axis="duration", ratios=(1, 4), seeds=settings.seeds[:1]),
+        Ladder(axis="batch", ratios=(1, 4), seeds=settings.seeds[:1], alpha=alpha),
+        Ladder(axis="duration", ratios=(1, 4), seeds=settings.seeds[:1], alpha=alpha),
     ]
     findings: list[Finding] = []
     figures = []
@@ -90,6 +91,8 @@ def run(settings: EpsSettings, out: Path) -> Report:
 def eps_at_gradient(base: RunConfig) -> RunConfig:
     """`base` with eps of each module type at the RMS of its first gradient, and decay on.
 
+    A depth profile of eps stays and acts on top.
+
     The gradient is that of the base's own seed, whatever seeds are measured: with another eps, what
     was measured with some seeds could not be joined by others.
     """
@@ -102,12 +105,25 @@ def eps_at_gradient(base: RunConfig) -> RunConfig:
         for key, value in measured.items()
         if (key.quantity, key.step) == ("gradient", 0)
     }
+    # A base may lie away from where its values were tuned: the rules then scale eps here too.
+    rule = {
+        entry.module: factors.value / factors.tuned
+        for entry in Plan.of(base).resolved.modules
+        for factors in [entry.factors["eps"]]
+    }
+    multipliers = base.multipliers
     return replace(
         base,
         hyperparams=replace(base.hyperparams, eps=1.0, weight_decay=0.1, gain_weight_decay=0.1),
         multipliers=replace(
-            base.multipliers,
-            types={module: ModuleMultipliers(eps_mult=value) for module, value in eps.items()},
+            multipliers,
+            types={
+                **multipliers.types,
+                **{
+                    module: replace(multipliers.of(module), eps_mult=value / rule[module])
+                    for module, value in eps.items()
+                },
+            },
         ),
     )
 

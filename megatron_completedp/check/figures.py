@@ -44,16 +44,13 @@ def change_figure(ladder: Ladder, points: Points, steps: Sequence[int]) -> Figur
         figure.supxlabel(f"{ladder.axis} over the base's")
         figure.supylabel("RMS of the change since step 0")
 
-    alpha = f" at alpha {ladder.alpha:g}" if ladder.axis == "depth" else ""
-    name = f"change_{ladder.axis}" + (f"_alpha{ladder.alpha:g}" if ladder.axis == "depth" else "")
     expected = "Flat is right."
     if ladder.axis == "depth" and ladder.alpha < 1:
         expected = "Flat is right for embedding and logits; the inside of a branch moves less with "
         expected += f"depth, down to m_L^{ladder.alpha - 1:g}."
     return FigureSpec(
-        name=name.replace(".", "_"),
-        caption=f"How far activations have moved since step 0, against {ladder.axis}{alpha}. "
-        f"{expected}",
+        name=_name("change", ladder),
+        caption=f"How far activations have moved since step 0, against {_size(ladder)}. {expected}",
         draw=draw,
         size=(7.5, 4.6),
     )
@@ -64,8 +61,11 @@ def ladder_figure(
 ) -> FigureSpec:
     """One quantity of every module against size, over its value at the base.
 
-    `exponents` are the slopes expected by name; each is drawn as a dashed line.
+    Over that at the smallest size where the ladder leaves the base out. `exponents` are the slopes
+    expected by name; each is drawn as a dashed line.
     """
+    start = 1.0 if 1 in ladder.ratios else min(ladder.ratios)
+    over = "the base's" if start == 1 else f"that at {ladder.axis} x {start:g}"
 
     def draw(figure: Figure) -> None:
         from megatron_completedp.study.plot import label_lines, log2_axis
@@ -73,25 +73,35 @@ def ladder_figure(
         axes = figure.subplots()
         for slope in sorted(set(exponents.values())):
             ends = (min(ladder.ratios), max(ladder.ratios))
-            axes.plot(ends, [end**slope for end in ends], "--", color="#999999", linewidth=1)
+            rise = [(end / start) ** slope for end in ends]
+            axes.plot(ends, rise, "--", color="#999999", linewidth=1)
         for key, by_ratio in _of(points, quantity, step):
-            ratios = list(by_ratio)
-            start = by_ratio[ratios[0]]
-            axes.plot(ratios, [2 ** (by_ratio[r] - start) for r in ratios], label=key.name)
+            rise = [2 ** (value - by_ratio[start]) for value in by_ratio.values()]
+            axes.plot(list(by_ratio), rise, label=key.name)
         axes.set_yscale("log", base=2)
         log2_axis(axes, ladder.ratios)
         axes.set_xlabel(f"{ladder.axis} over the base's")
-        axes.set_ylabel(f"RMS {quantity} over the base's")
+        axes.set_ylabel(f"RMS {quantity} over {over}")
         label_lines(axes)
 
     return FigureSpec(
-        name=f"{quantity}_{ladder.axis}",
-        caption=f"RMS {quantity} of every module against {ladder.axis}, over its value at the "
-        "base. Dashed: the derived exponents "
+        name=_name(quantity, ladder),
+        caption=f"RMS {quantity} of every module against {_size(ladder)}, over {over}. Dashed: the "
+        "derived exponents "
         f"({', '.join(f'{slope:g}' for slope in sorted(set(exponents.values())))}).",
         draw=draw,
         size=(5.6, 4.4),
     )
+
+
+def _name(what: str, ladder: Ladder) -> str:
+    """The name of a figure: depth is measured at several alphas."""
+    alpha = f"_alpha{ladder.alpha:g}" if ladder.axis == "depth" else ""
+    return f"{what}_{ladder.axis}{alpha}".replace(".", "_")
+
+
+def _size(ladder: Ladder) -> str:
+    return f"depth at alpha {ladder.alpha:g}" if ladder.axis == "depth" else ladder.axis
 
 
 def _of(points: Points, quantity: str, step: int) -> Iterable[tuple[Key, Mapping[float, float]]]:

@@ -38,7 +38,7 @@ class GradientSettings:
     depths: tuple[float, ...] = (1, 2, 4)
     """Ratios of the depth to the base's."""
     alphas: tuple[float, ...] = (1, 0.5)
-    """Depth exponents that the ladder of depths is measured at."""
+    """Depth exponents that the ladder of depths is measured at; other ladders take the run's."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds of weights and data, over which slopes are averaged."""
 
@@ -46,11 +46,12 @@ class GradientSettings:
 def run(settings: GradientSettings, out: Path) -> Report:
     """Measure the ladders of `settings` and hold their slopes to the derived ones."""
     base = base_run(settings.run, settings.parametrization)
+    alpha = base.rules.depth_alpha
     ladders = [
-        Ladder(axis="width", ratios=settings.widths, seeds=settings.seeds),
+        Ladder(axis="width", ratios=settings.widths, seeds=settings.seeds, alpha=alpha),
         *(
-            Ladder(axis="depth", ratios=settings.depths, seeds=settings.seeds, alpha=alpha)
-            for alpha in settings.alphas
+            Ladder(axis="depth", ratios=settings.depths, seeds=settings.seeds, alpha=each)
+            for each in settings.alphas
         ),
     ]
     parametrization = base.rules.parametrization
@@ -61,12 +62,11 @@ def run(settings: GradientSettings, out: Path) -> Report:
             found, points = slopes(bench, ladder)
             findings += divergence(bench, ladder)
             findings += examine(ladder, found, STEPS, parametrization)
-            if ladder.alpha == 1:
-                exponents = {
-                    name: expected.gradient(name, ladder.axis, 1, parametrization).middle
-                    for name, _ in places(found, "gradient")
-                }
-                figures.append(ladder_figure(ladder, points, "gradient", 0, exponents))
+            exponents = {
+                name: expected.gradient(name, ladder.axis, ladder.alpha, parametrization).middle
+                for name, _ in places(found, "gradient")
+            }
+            figures.append(ladder_figure(ladder, points, "gradient", 0, exponents))
     return Report(
         title="Gradient check",
         question="Do gradients scale with width and depth as the rules assume?",

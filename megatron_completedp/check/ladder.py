@@ -13,6 +13,7 @@ from megatron_completedp.check.transfer_settings import TransferSettings
 from megatron_completedp.config.load import identity
 from megatron_completedp.config.run import RunConfig
 from megatron_completedp.core.tables import Parametrization
+from megatron_completedp.data.manifest import text_hashes
 from megatron_completedp.errors import ConfigError
 from megatron_completedp.plan.run_plan import Plan
 from megatron_completedp.study.fit import mean_curve
@@ -22,7 +23,7 @@ from megatron_completedp.study.tasks import Point
 
 Row = Mapping[str, Any]
 
-#: A sweep is not refined below this distance from a diverged value, in octaves.
+#: A sweep is not refined below this distance from a far higher loss, in octaves.
 FINEST_STEP = 0.125
 
 
@@ -66,6 +67,8 @@ class Ladder:
             # A run's name has the hash of its numbers, so that a fitted exponent may be written
             # into the base without its rows being refused.
             "run": identity(self.base, "seed", "parametrization", "duration_exponent"),
+            # Paths say where the text lies, not which one it is.
+            "text": text_hashes((*self.base.data.train, *self.base.data.valid)),
         }
 
     @cached_property
@@ -152,9 +155,9 @@ class Ladder:
     ) -> list[float]:
         """The multiples that this study wants at `size`, ascending, given the rows so far.
 
-        While the lowest mean loss has no higher one on either side, the sweep grows by one value at
-        a time (`next_multiple`), at most max_added. A function of the rows alone, so that a study
-        taken up again, or shared by several commands, wants the same runs.
+        While the lowest mean loss has no neighbour within the window on either side, the sweep
+        grows by one value at a time (`next_multiple`), at most max_added. A function of the rows
+        alone, so that a study taken up again, or shared by several commands, wants the same runs.
         """
         losses = {row["id"]: row_loss(row) for row in rows}
         multiples = sorted(self.settings.log2_multiples)
@@ -162,7 +165,8 @@ class Ladder:
             points = self.points(parametrization, size, multiples)
             if any(point.id not in losses for point in points):
                 break
-            added = next_multiple(mean_curve(_by_seed(points, losses)))
+            curve = mean_curve(_by_seed(points, losses))
+            added = next_multiple(curve, self.settings.window)
             if added is None:
                 break
             multiples = sorted([*multiples, added])
@@ -201,12 +205,13 @@ def row_loss(row: Row) -> float:
     return math.inf if row["diverged"] else float(row["loss"])
 
 
-def next_multiple(curve: Mapping[float, float]) -> float | None:
-    """The value to add to a sweep so that its optimum gets finite neighbours; None if it has them.
+def next_multiple(curve: Mapping[float, float], window: float) -> float | None:
+    """The value to add to a sweep for a parabola near its optimum; None if nothing is missing.
 
     Beyond the edge where the lowest loss lies, at the distance of the last two values. Between the
-    lowest and a diverged neighbour, halfway, until they are as close as FINEST_STEP. Where
-    everything diverged, below the smallest.
+    lowest and a neighbour that diverged or lies more than `window` nats higher, halfway, until they
+    are as close as FINEST_STEP: a parabola has nothing to say about a cliff. Where everything
+    diverged, below the smallest.
     """
     xs = sorted(curve)
     lowest = min(range(len(xs)), key=lambda index: curve[xs[index]])
@@ -215,7 +220,8 @@ def next_multiple(curve: Mapping[float, float]) -> float | None:
     if lowest == len(xs) - 1:
         return 2 * xs[-1] - xs[-2]
     for neighbour in (xs[lowest - 1], xs[lowest + 1]):
-        if math.isinf(curve[neighbour]) and abs(neighbour - xs[lowest]) > FINEST_STEP:
+        far = curve[neighbour] > curve[xs[lowest]] + window
+        if far and abs(neighbour - xs[lowest]) > FINEST_STEP:
             return (neighbour + xs[lowest]) / 2
     return None
 

@@ -30,6 +30,7 @@ from megatron_completedp.config.load import identity
 from megatron_completedp.config.run import RunConfig
 from megatron_completedp.core.ratios import Ratios
 from megatron_completedp.core.tables import Table
+from megatron_completedp.data.manifest import text_hashes
 from megatron_completedp.errors import ConfigError, TrainingDiverged
 from megatron_completedp.plan.run_plan import Plan
 from megatron_completedp.study.fit import slope
@@ -66,7 +67,7 @@ class Ladder:
     ratios: tuple[float, ...]
     seeds: tuple[int, ...]
     alpha: float = 1.0
-    """Depth exponent of the rules."""
+    """Depth exponent of the rules, in place of the run's."""
 
 
 class Bench:
@@ -100,6 +101,7 @@ class Bench:
                 "optimizer": self._optimizer,
                 # A row names its seed and its alpha itself.
                 "run": identity(self.base, "seed", "depth_alpha"),
+                "text": text_hashes(self.base.data.train),
                 "held_out": divided(self.base, self._processes).training.micro_batch_size,
             }
             self._results = Results(self._out / "results.jsonl", meaning)

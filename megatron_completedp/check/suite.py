@@ -18,6 +18,8 @@ from megatron_completedp.study.page import IndexEntry, write_index
 #: From seconds to minutes, so that what fails early says so early.
 SUITE = ("sde", "eps", "gradient", "coordinate", "transfer")
 
+TITLE = "Checks of the transfer rules"
+
 DESCRIPTION = """\
 Run the default small suite (sde, eps, gradient, coordinate, transfer) and write index.html, which
 links the reports with their verdicts. Exits with 1 when one of them failed.
@@ -38,15 +40,18 @@ class SuiteFlags:
 def run_suite(argv: Sequence[str]) -> int:
     """Run the suite that `argv` describes. Returns 0 when every check passed, else 1."""
     flags = tyro.cli(SuiteFlags, prog=f"{PROG} all", description=DESCRIPTION, args=list(argv))
-    entries = []
+    entries = {
+        name: IndexEntry(name=name, verdict="not run yet", passed=None, href=None) for name in SUITE
+    }
     for name in SUITE:
-        entries.append(_run_check(name, flags.out))
-        # After each check: an interrupted suite leaves the page of what it did.
-        write_index(flags.out, "Checks of the transfer rules", entries)
-    for entry in entries:
+        # Before each check: an interrupted suite leaves the page of what it did, and did not.
+        write_index(flags.out, TITLE, list(entries.values()))
+        entries[name] = _run_check(name, flags.out)
+    write_index(flags.out, TITLE, list(entries.values()))
+    for entry in entries.values():
         print(f"{entry.name:<12}{entry.verdict}")
     print(f"{flags.out / 'index.html'}")
-    return 0 if all(entry.passed for entry in entries) else 1
+    return 0 if all(entry.passed for entry in entries.values()) else 1
 
 
 def _run_check(name: str, out: Path) -> IndexEntry:

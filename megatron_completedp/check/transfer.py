@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from megatron_completedp.check.calibrate import fitted_exponent, write_exponent
-from megatron_completedp.check.drift import LadderResult, SizeResult, analyse
+from megatron_completedp.check.drift import LadderResult, SizeResult, analyse, excess
 from megatron_completedp.check.ladder import Ladder, Row
 from megatron_completedp.check.settings import command_line
 from megatron_completedp.check.transfer_base import small_base
@@ -25,6 +25,9 @@ from megatron_completedp.errors import ConfigError
 from megatron_completedp.study.report import FigureSpec, Finding, Report, Table
 from megatron_completedp.study.results import Results
 from megatron_completedp.study.tasks import train_points
+
+#: Column of the values at which a seed diverged.
+DIVERGED = "diverged at"
 
 
 def run(settings: TransferSettings, out: Path) -> Report:
@@ -60,7 +63,7 @@ def _report(ladder: Ladder, found: Sequence[LadderResult], rows: Sequence[Row]) 
     settings = ladder.settings
     (judged,) = (result for result in found if result.parametrization == settings.judged)
     findings = [judge(settings, judged)]
-    findings += [compare(settings, result) for result in found if result is not judged]
+    findings += [compare(settings, result, judged) for result in found if result is not judged]
     tables = [_sweep_table(ladder, result) for result in found]
     exceptions = _limits(settings, found)
     afterwards = None
@@ -111,7 +114,10 @@ def _report(ladder: Ladder, found: Sequence[LadderResult], rows: Sequence[Row]) 
             "sizes": ", ".join(map(str, sorted(settings.sizes))),
             "seeds": ", ".join(map(str, settings.seeds)),
             "runs": _count(ladder, rows),
-            "optimum": f"parabola through the points within {settings.window:g} nats of the lowest",
+            "optimum": (
+                f"parabola through the points within {settings.window:g} nats of the lowest, and "
+                "its two neighbours"
+            ),
         },
         exceptions=tuple(exceptions),
         afterwards=afterwards,
@@ -120,9 +126,11 @@ def _report(ladder: Ladder, found: Sequence[LadderResult], rows: Sequence[Row]) 
 
 def judge(settings: TransferSettings, judged: LadderResult) -> Finding:
     """The verdict on one parametrization; a size without an optimum fails it."""
+    low, high = judged.span_interval.low, judged.span_interval.high
     note = f"95 % interval {judged.span_interval}"
-    if judged.span <= settings.max_drift < judged.span_interval.high:
-        note += ", which reaches beyond the bound: more seeds would tell"
+    if low <= settings.max_drift <= high:
+        note += ", which holds the bound: more seeds would tell"
+    note += f"; {_by_window(judged)}"
     if judged.problems:
         note = f"not bracketed: {'; '.join(judged.problems)}"
     return Finding(
@@ -134,7 +142,7 @@ def judge(settings: TransferSettings, judged: LadderResult) -> Finding:
     )
 
 
-def compare(settings: TransferSettings, other: LadderResult) -> Finding:
+def compare(settings: TransferSettings, other: LadderResult, judged: LadderResult) -> Finding:
     """What the same ladder shows under a parametrization that is not judged: any number."""
     if other.problems:
         # NaN passes no bounds, and only the judged parametrization may fail the check.
@@ -142,8 +150,17 @@ def compare(settings: TransferSettings, other: LadderResult) -> Finding:
         value, note = float(len(other.problems)), "; ".join(other.problems)
     else:
         what, value = _what(settings, other), other.span
-        note = f"for comparison; 95 % interval {other.span_interval}"
+        note = f"for comparison; 95 % interval {other.span_interval}; {_by_window(other)}"
+        more, interval = excess(other, judged, window=settings.window)
+        if not math.isnan(more):
+            note += f"; {more:+.2f} {interval} more than {judged.parametrization}"
     return Finding(what=what, value=value, low=-math.inf, high=math.inf, note=note)
+
+
+def _by_window(result: LadderResult) -> str:
+    """How much of a span is the fit's own choice."""
+    spans = ", ".join(f"{span:.2f} at {window:g}" for window, span in result.span_by_window.items())
+    return f"by the fit's window in nats: {spans}"
 
 
 def _what(settings: TransferSettings, result: LadderResult) -> str:
@@ -161,6 +178,10 @@ def _limits(settings: TransferSettings, found: Sequence[LadderResult]) -> list[s
             f"The intervals are percentiles of a bootstrap over {len(settings.seeds)} seeds, so "
             "few that they cover less than their 95 %."
         )
+    limits.append(
+        "Intervals know the seeds alone. A loss curve is no parabola: how far a span moves with "
+        "the window of the fit is an error that they leave out."
+    )
     limits += [
         f"{result.parametrization} is not bracketed: {problem}."
         for result in found
@@ -176,11 +197,22 @@ def _limits(settings: TransferSettings, found: Sequence[LadderResult]) -> list[s
 def _sweep_table(ladder: Ladder, result: LadderResult) -> Table:
     return Table(
         title=f"{result.parametrization}: best {SWEPT_NAMES[ladder.settings.swept]} by size",
-        header=("size", "log2 multiple", "interval", "drift", "interval", "loss", "lost"),
+        header=(
+            "size",
+            "log2 multiple",
+            "interval",
+            "drift",
+            "interval",
+            "loss",
+            "lost",
+            "diverged",
+        ),
         rows=tuple(_row(item) for item in result.sizes),
         note=(
             f"Octaves; drift is against size {ladder.reference}. Loss in nats per token at the "
-            f"optimum; lost is what the best value of size {ladder.reference} costs here."
+            f"optimum; lost is what the best value of size {ladder.reference} costs here, by the "
+            "parabola or, outside its points, on the line between two measured values. Diverged: "
+            "log2 multiples at which a seed did."
         ),
     )
 
@@ -194,6 +226,7 @@ def _row(item: SizeResult) -> tuple[str, ...]:
         str(item.drift_interval),
         _number(item.best.loss, ".4f"),
         _number(item.loss_lost, "+.4f"),
+        ", ".join(f"{x:+g}" for x, loss in item.means.items() if math.isinf(loss)) or "none",
     )
 
 
@@ -201,16 +234,16 @@ def _exponent_table(ladder: Ladder, found: Sequence[LadderResult]) -> Table:
     rows = []
     for result in found:
         exponent = fitted_exponent(ladder, result)
-        error = _number(exponent.line_error, ".3f")
-        interval = str(exponent.interval)
-        rows.append((result.parametrization, _number(exponent.value, ".3f"), interval, error))
+        value = _number(exponent.value, ".3f")
+        intervals = (str(exponent.interval), str(exponent.line_interval))
+        rows.append((result.parametrization, value, *intervals))
     return Table(
         title="duration exponent p that the optima ask for",
-        header=("parametrization", "p", "interval over seeds", "error of the line"),
+        header=("parametrization", "p", "interval over seeds", "interval of the line"),
         rows=tuple(rows),
         note="best lr ~ m_D^-p, whatever part of it the parametrization already applies. The "
-        "interval knows how seeds move the optima; the error, of two durations unknown, how far "
-        "the optima are from one line. The larger one counts.",
+        "first interval knows how seeds move the optima; the second, which two durations do not "
+        "have, how far the optima are from one line (Student's t). The wider one counts.",
     )
 
 

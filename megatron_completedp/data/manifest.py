@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -110,6 +110,11 @@ def load_manifest(prefix: Path) -> ShardManifest:
     if manifest is None:
         raise DataError(f"{path} has version {version!r}; expected {VERSION}. {_FIX}")
     return manifest
+
+
+def text_hashes(prefixes: Iterable[str]) -> dict[str, str]:
+    """SHA-256 of the token files by prefix, as their manifests have it, which must exist."""
+    return {prefix: load_manifest(Path(prefix)).files["bin"].sha256 for prefix in prefixes}
 
 
 _AGAIN = "make the pair again with tools/preprocess_redpajama.py, or copy it again"

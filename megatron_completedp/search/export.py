@@ -16,8 +16,7 @@ from optuna.trial import TrialState
 from megatron_completedp import __version__
 from megatron_completedp.config.load import identity
 from megatron_completedp.config.recipe import Provenance, Recipe, save_recipe
-from megatron_completedp.config.run import RunConfig
-from megatron_completedp.data.manifest import load_manifest
+from megatron_completedp.data.manifest import load_manifest, text_hashes
 from megatron_completedp.errors import ConfigError
 from megatron_completedp.search.heldout import on_heldout
 from megatron_completedp.search.incumbent import Incumbent, incumbent
@@ -70,7 +69,7 @@ def export(
         heldout_loss=statistics.fmean(losses) if losses else None,
         heldout_loss_standard_error=_standard_error(losses),
         heldout_seeds=tuple(found),
-        data=MappingProxyType(_data_hashes(config)),
+        data=MappingProxyType(text_hashes((*config.data.train, *config.data.valid))),
         tokenizer=load_manifest(Path(config.data.train[0])).tokenizer_sha256,
         code_version=__version__,
         git_commit=git_commit(),
@@ -113,12 +112,6 @@ def heldout_losses(
     if diverged := [row["id"] for row in rows if row["diverged"]]:
         logger.warning("held-out runs that diverged, and are left out: %s", ", ".join(diverged))
     return {row["seed"]: float(row["loss"]) for row in rows if not row["diverged"]}
-
-
-def _data_hashes(config: RunConfig) -> dict[str, str]:
-    """SHA-256 of the token files by prefix, as their manifests have it."""
-    prefixes = (*config.data.train, *config.data.valid)
-    return {prefix: load_manifest(Path(prefix)).files["bin"].sha256 for prefix in prefixes}
 
 
 def _standard_error(values: list[float]) -> float | None:

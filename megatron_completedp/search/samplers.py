@@ -4,10 +4,10 @@
 |--------------|--------------------------------------------------------|-----------------|
 | trust_region | ours: `trust_region`                                   |                 |
 | random       | uniform within the bounds                              |                 |
-| qmc          | scrambled Sobol sequence                               | scipy           |
+| qmc          | scrambled Sobol sequence                               |                 |
 | tpe          | Optuna's tree-structured Parzen estimator              |                 |
 | cmaes        | CMA-ES from the start, with the start radius as sigma  | cmaes           |
-| gp           | Optuna's Gaussian process                              | torch, scipy    |
+| gp           | Optuna's Gaussian process                              |                 |
 | turbo        | TuRBO-1 from the start: `turbo`                        | botorch (extra) |
 """
 
@@ -29,9 +29,7 @@ SamplerName = Literal["trust_region", "random", "qmc", "tpe", "cmaes", "gp", "tu
 
 #: The packages that a sampler imports when it is first asked, and the extra that brings each.
 _NEEDS: dict[str, dict[str, str]] = {
-    "qmc": {"scipy": "search"},
     "cmaes": {"cmaes": "search"},
-    "gp": {"scipy": "search"},
     "turbo": {"botorch": "turbo"},
 }
 

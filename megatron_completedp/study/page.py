@@ -29,7 +29,8 @@ class IndexEntry:
 
     name: str
     verdict: str
-    passed: bool
+    passed: bool | None
+    """None where the check has not run yet."""
     href: str | None
     """Where the report lies, relative to the index; None where a check made none."""
 
@@ -51,8 +52,14 @@ def write_report(folder: Path, report: Report) -> None:
 
 def write_index(folder: Path, title: str, entries: Sequence[IndexEntry]) -> None:
     """Write index.html, which links the reports with their verdicts."""
-    failed = sum(not entry.passed for entry in entries)
-    verdict = f"FAILED: {failed} of {len(entries)} checks" if failed else "PASSED: every check"
+    failed = sum(entry.passed is False for entry in entries)
+    pending = sum(entry.passed is None for entry in entries)
+    if failed:
+        verdict, passed = f"FAILED: {failed} of {len(entries)} checks", False
+    elif pending:
+        verdict, passed = f"UNFINISHED: {pending} of {len(entries)} checks have not run", None
+    else:
+        verdict, passed = "PASSED: every check", True
     rows = [
         f"<tr><td>{_mark(entry.passed)}</td><td>{_link(entry)}</td>"
         f"<td>{escape(entry.verdict)}</td></tr>"
@@ -60,7 +67,7 @@ def write_index(folder: Path, title: str, entries: Sequence[IndexEntry]) -> None
     ]
     body = [
         f"<h1>{escape(title)}</h1>",
-        _banner(verdict, passed=not failed),
+        _banner(verdict, passed=passed),
         _table_box(["", "check", "verdict"], rows),
     ]
     _write(folder / "index.html", _page(title, body).encode())
@@ -110,12 +117,15 @@ def _page(title: str, body: Iterable[str]) -> str:
     )
 
 
-def _banner(verdict: str, *, passed: bool) -> str:
-    return f'<p class="verdict {"pass" if passed else "fail"}">{escape(verdict)}</p>'
+def _banner(verdict: str, *, passed: bool | None) -> str:
+    kind = {True: " pass", False: " fail", None: ""}[passed]
+    return f'<p class="verdict{kind}">{escape(verdict)}</p>'
 
 
-def _mark(passed: bool) -> str:
+def _mark(passed: bool | None) -> str:
     """The result of one row, told by its word before its colour."""
+    if passed is None:
+        return "-"
     return "<b class=pass>pass</b>" if passed else "<b class=fail>FAIL</b>"
 
 

@@ -97,6 +97,10 @@ class Report:
     afterwards: Callable[[], str] | None = None
     """What is left to do when the report's files are there; returns what was done."""
 
+    def __post_init__(self) -> None:
+        names = [figure.name for figure in self.figures]
+        assert len(set(names)) == len(names), f"figures of one name overwrite each other: {names}"
+
     @property
     def passed(self) -> bool:
         """Whether every finding passed. A check that held nothing has shown nothing: it fails."""
@@ -136,6 +140,15 @@ def report_json(report: Report) -> dict[str, Any]:
                 "note": finding.note,
             }
             for finding in report.findings
+        ],
+        "tables": [
+            {
+                "title": table.title,
+                "header": list(table.header),
+                "rows": [list(row) for row in table.rows],
+                "note": table.note,
+            }
+            for table in report.tables
         ],
         "settings": dict(report.settings),
         "exceptions": list(report.exceptions),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator
 from dataclasses import replace
@@ -18,10 +19,14 @@ from megatron_completedp.check.sizes import small_base
 from megatron_completedp.config.parallel import ParallelConfig
 from megatron_completedp.config.run import RunConfig
 from megatron_completedp.core.monomial import ALPHA, M_L, Monomial
+from megatron_completedp.core.multipliers import ModuleMultipliers
+from megatron_completedp.core.ratios import Scale
+from megatron_completedp.core.roles import Module
 from megatron_completedp.core.tables import Rules, Table, build_table
 from megatron_completedp.errors import ConfigError
 from megatron_completedp.mcore.parallel import destroy_parallel, initialize_parallel
 from megatron_completedp.mcore.platform import Platform
+from megatron_completedp.plan.run_plan import Plan
 from megatron_completedp.study.report import Finding
 
 from .train_runs import make_corpus, write_run
@@ -229,6 +234,39 @@ def test_eps_is_the_same_whatever_seeds_are_measured(tmp_path: Path) -> None:
     destroy_parallel(keep_process_group=True)
 
 
+def test_eps_meets_the_gradient_of_a_base_away_from_where_its_values_were_tuned(
+    own_groups: None,
+) -> None:
+    """There the rules scale eps already: what they do must not be done twice."""
+    small = small_base()
+    tuned_at = Scale(
+        hidden_size=16,
+        ffn_hidden_size=32,
+        num_attention_heads=1,
+        head_dim=16,
+        num_layers=1,
+        batch_tokens=small.batch_tokens,
+        train_tokens=small.train_tokens,
+    )
+    gate = ModuleMultipliers(lr_mult=2.0, eps_mult=3.0)
+    base = replace(
+        small,
+        base=tuned_at,
+        multipliers=replace(small.multipliers, types={Module.GATE: gate}),
+    )
+    destroy_parallel(keep_process_group=True)
+    near = eps.eps_at_gradient(base)
+    with Bench(base, None, steps=eps.STEPS) as opened:
+        width = Ladder(axis="width", ratios=(1,), seeds=(base.seed,))
+        measured = opened.series(width, 1, base.seed)
+    destroy_parallel(keep_process_group=True)
+    for entry in Plan.of(near).resolved.modules:
+        where = "" if entry.layer is None else "layers"
+        gradient_rms = 2 ** measured[Key("gradient", entry.module.value, where, 0)]
+        assert entry.eps == pytest.approx(gradient_rms, rel=0.06), entry.module
+    assert near.multipliers.of(Module.GATE).lr_mult == 2
+
+
 def test_a_ladder_of_one_size_is_refused(bench: Bench) -> None:
     with pytest.raises(ConfigError, match=r"ratios \(2, 2\); expected two or more"):
         slopes(bench, Ladder(axis="width", ratios=(2, 2), seeds=(0,)))
@@ -240,7 +278,7 @@ def test_a_depth_without_a_middle_is_refused(bench: Bench) -> None:
 
 
 def test_a_run_file_is_the_base_with_its_own_text(tmp_path: Path) -> None:
-    run = write_run(tmp_path / "run", make_corpus(tmp_path / "corpus"))
+    run = write_run(tmp_path / "run", make_corpus(tmp_path / "corpus"), depth_alpha=0.5)
     settings = coordinate.CoordinateSettings(
         run=str(run), widths=(1, 2), depths=(1, 2), alphas=(1,), seeds=(0,)
     )
@@ -250,7 +288,9 @@ def test_a_run_file_is_the_base_with_its_own_text(tmp_path: Path) -> None:
     assert report.settings["base"].startswith("width 64, 2 layers, head_dim 32, vocabulary 512")
     # Whether this base passes is its user's business; that everything was measured is ours.
     assert not any(math.isnan(finding.value) for finding in report.findings)
-    assert (tmp_path / "out" / "results.jsonl").exists()
+    rows = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").open()][1:]
+    wide = {row["alpha"] for row in rows if (row["axis"], row["ratio"]) == ("width", 2)}
+    assert wide == {0.5}, "the run's, where a ladder of depths is not asked for another"
 
 
 def test_depth_is_compared_at_equal_parts_of_it() -> None:

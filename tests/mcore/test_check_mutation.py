@@ -49,10 +49,16 @@ def examiner(platform: Platform) -> Iterator[Examiner]:
     initialize_parallel(platform, ParallelConfig(), timeout_s=60, seed=1234)
 
 
+def readme_text() -> str:
+    """The table between the README's markers."""
+    text = README.read_text(encoding="utf-8")
+    found = text.split("<!-- mutation table -->")[1].split("<!-- end of mutation table -->")[0]
+    return found.strip()
+
+
 def readme_table() -> dict[Cell, str]:
     """The text of each cell of the table between the README's markers."""
-    text = README.read_text(encoding="utf-8")
-    table = text.split("<!-- mutation table -->")[1].split("<!-- end of mutation table -->")[0]
+    table = readme_text()
     lines = [[c.strip() for c in line.strip("| ").split("|")] for line in table.split("\n") if line]
     (_, *symbols), _, *rows = lines
     return {
@@ -83,6 +89,7 @@ def test_every_cell_is_seen_or_named(tmp_path: Path) -> None:
     destroy_parallel(keep_process_group=True)
     report = run(MutationSettings(), tmp_path)
     assert report.passed, [finding.what for finding in report.findings if not finding.passed]
+    assert (tmp_path / "mutation.md").read_text(encoding="utf-8").strip() == readme_text()
 
 
 @pytest.mark.parametrize(

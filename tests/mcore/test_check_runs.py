@@ -24,17 +24,20 @@ from tests.browser.test_report_page import BINARY, CONTENT_WIDTH, CONTRAST, IMAG
 #: in depth, which four times as many layers and a second seed would make dear.
 LADDERS = ("--widths", "1", "4", "--depths", "1", "2", "--alphas", "1", "--seeds", "0")
 
+#: The gradient check, the quickest, has both alphas.
+BOTH_ALPHAS = ("--widths", "1", "4", "--depths", "1", "2", "--alphas", "1", "0.5", "--seeds", "0")
+
 FLAGS = {
     "coordinate": LADDERS,
-    "gradient": LADDERS,
+    "gradient": BOTH_ALPHAS,
     "eps": LADDERS,
     "sde": ("--batches", "1", "2", "--steps", "100", "--seeds", "0"),
 }
 
 FIGURES = {
     "coordinate": ["change_depth_alpha1", "change_width"],
-    "gradient": ["gradient_depth", "gradient_width"],
-    "eps": ["update_depth", "update_width"],
+    "gradient": ["gradient_depth_alpha0_5", "gradient_depth_alpha1", "gradient_width"],
+    "eps": ["update_depth_alpha1", "update_width"],
     "sde": ["loss_over_tokens"],
 }
 
@@ -48,7 +51,7 @@ NAMED = {
 
 #: Engines along the ladders, each measured once. The base is one engine in width, batch and
 #: duration, and another in depth.
-ROWS = {"coordinate": 6, "gradient": 4, "eps": 6, "sde": 3}
+ROWS = {"coordinate": 6, "gradient": 5, "eps": 6, "sde": 3}
 
 #: Of the quadratic, in place of 4096. Its spread is then known to 1.1 % alone; over its reference,
 #: which the same noise drives, to less than the 2 % allowed.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 from transfer_samples import base_run, ladder, parabola, rows_of
 
 from megatron_completedp.check.calibrate import Exponent, fitted_exponent, write_exponent
-from megatron_completedp.check.drift import LadderResult, analyse
+from megatron_completedp.check.drift import LadderResult, analyse, excess
 from megatron_completedp.check.ladder import Ladder
 from megatron_completedp.check.transfer import compare, judge
 from megatron_completedp.config.load import load_config, to_yaml
@@ -65,19 +66,62 @@ def test_the_verdict_holds_the_judged_parametrization_to_half_an_octave(
 def test_a_comparison_never_fails(best: float) -> None:
     """Drifting, or not bracketed: sp is there to show it, and the verdict is about another."""
     study = ladder(max_added=2)
-    found = compare(study.settings, result(study, {32: 0.0, 64: best}))
+    judged = result(study, {32: 0.0, 64: 0.25})
+    found = compare(study.settings, result(study, {32: 0.0, 64: best}), judged)
     assert found.passed
     assert found.value == pytest.approx(3.0 if best == 3 else 1)
+    assert ("+2.75 [+2.75, +2.75] more than completedp" in found.note) is (best == 3)
 
 
-def test_an_interval_beyond_the_bound_is_said() -> None:
+def test_what_two_parametrizations_share_is_no_part_of_their_difference() -> None:
+    """Seeds move every optimum at 64 by up to half an octave, alike in both."""
+    shift = {1: 0.0, 2: 0.25, 3: 0.5}
+
+    def losses(best: float) -> Callable[[Point], float]:
+        def loss(point: Point) -> float:
+            labels = point.labels
+            at = (best + shift[labels["seed"]]) * (labels["size"] == 64)
+            return 3.0 + 0.1 * (labels["log2_multiple"] - at) ** 2
+
+        return loss
+
+    study = ladder(seeds=(1, 2, 3), window=1.0)
+    near, far = (
+        analyse(study, "completedp", rows_of(study, losses(best))) for best in (0.25, 0.75)
+    )
+    assert far.span_interval.high - far.span_interval.low > 0.4
+    value, interval = excess(far, near, window=1.0)
+    assert value == pytest.approx(0.5)
+    assert (interval.low, interval.high) == pytest.approx((0.5, 0.5))
+
+
+def test_a_span_that_the_window_decides_says_so() -> None:
+    """A curve steeper on the right than on the left: the wider the window, the lower the vertex."""
+
+    def losses(point: Point) -> float:
+        labels = point.labels
+        x = labels["log2_multiple"]
+        steep = 0.1 * max(x, 0) ** 3 if labels["size"] == 64 else 0
+        return 3.0 + 0.04 * x * x + steep
+
+    study = ladder(log2_multiples=(-2, -1, -0.5, 0, 0.5, 1, 2))
+    found = analyse(study, "completedp", rows_of(study, losses))
+    spans = list(found.span_by_window.items())
+    assert [window for window, _ in spans] == [0.05, 0.1, 0.2]
+    assert spans[1][1] == found.span
+    assert spans[0][1] < spans[2][1]
+    assert f"{spans[2][1]:.2f} at 0.2" in judge(study.settings, found).note
+
+
+@pytest.mark.parametrize("best", [0.4, 0.6])
+def test_an_interval_with_the_bound_in_it_is_said_either_way(best: float) -> None:
     study = ladder()
-    near = result(study, {32: 0.0, 64: 0.4})
-    assert "beyond" not in judge(study.settings, near).note
-    wide = replace(near, span_interval=Interval(0.2, 0.6))
+    near = result(study, {32: 0.0, 64: best})
+    assert "more seeds" not in judge(study.settings, near).note
+    wide = replace(near, span_interval=Interval(0.2, 0.7))
     finding = judge(study.settings, wide)
-    assert finding.passed
-    assert finding.note.endswith("reaches beyond the bound: more seeds would tell")
+    assert finding.passed is (best < 0.5)
+    assert "which holds the bound: more seeds would tell" in finding.note
 
 
 def test_an_optimum_at_the_edge_fails_the_verdict() -> None:
@@ -105,7 +149,18 @@ def test_optima_that_are_on_no_line_leave_the_exponent_uncertain() -> None:
     study = ladder(axis="duration", sizes=sizes)
     found = fitted_exponent(study, result(study, {12800: 0.0, 25600: 0.5, 51200: 0.0}))
     assert found.interval.high - found.interval.low == pytest.approx(0, abs=1e-6)
-    assert found.line_error == pytest.approx(0.5 / math.sqrt(3), abs=0.01)
+    # A standard error of 0.5 / sqrt(3), by Student's t of one degree of freedom.
+    reach = 12.706 * 0.5 / math.sqrt(3)
+    low, high = found.line_interval.low, found.line_interval.high
+    assert (high - low) / 2 == pytest.approx(reach, rel=0.01)
+    assert (low + high) / 2 == pytest.approx(found.value)
+
+
+def test_two_durations_are_always_on_a_line() -> None:
+    study = ladder(axis="duration", sizes=(12800, 51200))
+    assert math.isnan(
+        fitted_exponent(study, result(study, {12800: 0, 51200: 0.5})).line_interval.low
+    )
 
 
 def test_sp_applies_no_exponent() -> None:
@@ -123,13 +178,13 @@ def test_calibration_changes_one_line_of_the_config(tmp_path: Path, written: boo
     assert line in text
     file.write_text(text if written else text.replace(line, ""), encoding="utf-8")
     before = [kept for kept in file.read_text().splitlines() if "duration_exponent" not in kept]
-    told = write_exponent(file, Exponent(0.41234, Interval(0.3, 0.5), 0.1))
+    told = write_exponent(file, Exponent(0.41234, Interval(0.3, 0.5), Interval(0.2, 0.6)))
     lines = file.read_text().splitlines()
     changed = [kept for kept in lines if kept not in before]
     assert [kept for kept in lines if kept in before] == before
     assert changed == [
         "duration_exponent: 0.412  # fitted by check transfer, 95 % over seeds [0.300, 0.500], "
-        "standard error of the line 0.100"
+        "of the line [0.200, 0.600]"
     ]
     assert load_config(file).rules.duration_exponent == 0.412
     assert "0.412" in told
@@ -141,5 +196,5 @@ def test_an_exponent_that_the_rules_refuse_leaves_the_config(tmp_path: Path, val
     text = to_yaml(base_run())
     file.write_text(text, encoding="utf-8")
     with pytest.raises(CompletedPError, match="left as it is"):
-        write_exponent(file, Exponent(value, Interval(math.nan, math.nan), math.nan))
+        write_exponent(file, Exponent(value, *[Interval(math.nan, math.nan)] * 2))
     assert file.read_text(encoding="utf-8") == text

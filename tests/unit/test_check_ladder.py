@@ -118,7 +118,7 @@ def test_a_finished_run_is_not_wanted_again() -> None:
 
 
 def test_a_sweep_grows_towards_an_optimum_at_its_edge() -> None:
-    study = ladder(parametrizations=("completedp",))
+    study = ladder(parametrizations=("completedp",), window=0.2)
     rows = rows_of(study, parabola({32: 0, 64: -3.2}))
     assert study.sweep("completedp", 32, rows) == [-2, -1, 0, 1, 2]
     assert study.sweep("completedp", 64, rows) == [-4, -3, -2, -1, 0, 1, 2]
@@ -148,15 +148,18 @@ def test_a_study_wants_the_same_runs_when_it_is_taken_up_with_more_seeds() -> No
         ((math.inf, 2, 1), 3.0),
         ((3, 2, math.inf), 1.5),
         ((math.inf, 2, 3), 0.5),
+        # A cliff that is no divergence: 1.5 nats higher.
+        ((3, 2, 3.5), 1.5),
+        ((3.5, 2, 3), 0.5),
         ((math.inf, math.inf, math.inf), -1.0),
     ],
 )
 def test_next_multiple(losses: tuple[float, ...], added: float | None) -> None:
-    assert next_multiple(dict(zip((0.0, 1.0, 2.0), losses, strict=True))) == added
+    assert next_multiple(dict(zip((0.0, 1.0, 2.0), losses, strict=True)), 1.25) == added
 
 
 def test_the_search_for_a_cliff_ends() -> None:
-    assert next_multiple({0.0: 3.0, 1.0: 2.0, 1.125: math.inf}) is None
+    assert next_multiple({0.0: 2.05, 1.0: 2.0, 1.125: math.inf}, 0.1) is None
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from megatron_completedp.search.samplers import make_sampler  # noqa: E402
 from megatron_completedp.search.surrogate import synthetic  # noqa: E402
 
 #: What each needs beside Optuna; a sampler whose package is missing is skipped.
-NEEDS = {"qmc": "scipy", "cmaes": "cmaes", "gp": "torch", "turbo": "botorch"}
+NEEDS = {"cmaes": "cmaes", "turbo": "botorch"}
 NAMES = ["trust_region", "random", "qmc", "tpe", "cmaes", "gp", "turbo"]
 
 

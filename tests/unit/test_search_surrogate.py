@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 pytest.importorskip("optuna")
-pytest.importorskip("scipy")
 
 from optuna.distributions import FloatDistribution
 

@@ -189,3 +189,14 @@ def test_the_index_names_what_failed(tmp_path: Path) -> None:
     assert "no &lt;report&gt;" in page
     write_index(tmp_path, "Checks", entries[:1])
     assert "PASSED: every check" in (tmp_path / "index.html").read_text()
+
+
+def test_the_index_of_an_interrupted_suite_does_not_say_passed(tmp_path: Path) -> None:
+    entries = [
+        IndexEntry(name="sde", verdict="PASSED: 3 of 3", passed=True, href="sde/report.html"),
+        IndexEntry(name="eps", verdict="not run yet", passed=None, href=None),
+    ]
+    write_index(tmp_path, "Checks", entries)
+    page = (tmp_path / "index.html").read_text()
+    assert "PASSED: every check" not in page
+    assert "UNFINISHED: 1 of 2 checks have not run" in page
