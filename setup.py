@@ -46,6 +46,9 @@ setup(
         # megatron_completedp.torch_engine on DeepSpeed; on torch and FSDP2 it needs torch alone.
         "deepspeed": ["deepspeed>=0.19"],
         "tensorboard": ["tensorboard"],
-        "test": ["pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "types-PyYAML"],
+        "test": [
+            *("pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "types-PyYAML"),
+            "optuna-dashboard",
+        ],
     },
 )

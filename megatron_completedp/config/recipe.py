@@ -43,9 +43,9 @@ class Provenance:
     trials: int | None = None
     """Finished trials of the study."""
     seeds: tuple[int, ...] = ()
-    """Seeds of the runs behind the loss."""
+    """Every seed that a trial of the study had."""
     loss: float | None = None
-    """Mean validation loss at the base, nats per token."""
+    """Mean validation loss at the base over its runs, nats per token."""
     loss_standard_error: float | None = None
     """Of that mean, over the seeds."""
     heldout_loss: float | None = None
@@ -62,6 +62,8 @@ class Provenance:
     """Version of this package."""
     git_commit: str | None = None
     """Commit of the code, where it was a checkout."""
+    sources: str | None = None
+    """SHA-256 of the package's sources."""
     created: str | None = None
     """Date and time in UTC."""
 
@@ -202,8 +204,9 @@ def save_recipe(path: str | Path, recipe: Recipe) -> None:
 
 def _undated(recipe: Recipe) -> Recipe:
     """`recipe` without when and by which code it was written."""
-    origin = replace(recipe.provenance, code_version=None, git_commit=None, created=None)
-    return replace(recipe, provenance=origin)
+    origin = recipe.provenance
+    code = replace(origin, code_version=None, git_commit=None, sources=None)
+    return replace(recipe, provenance=replace(code, created=None))
 
 
 def _write_whole(path: Path, text: str) -> None:

@@ -24,6 +24,14 @@ PROG = "python -m megatron_completedp.search"
 
 
 @dataclass(frozen=True, kw_only=True)
+class RunFlags(OutFlag):
+    """Flags of `run` alone."""
+
+    dry_run: bool = False
+    """Print what would be searched, with its bounds, and stop."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class TargetFlags(OutFlag):
     """Flags of `status` and `report`."""
 
@@ -59,7 +67,18 @@ class Command:
 def _run(settings: SearchSettings, out: Path, flags: OutFlag) -> None:
     from megatron_completedp.search.worker import Search, run
 
-    run(Search(settings, out))
+    assert isinstance(flags, RunFlags), "of this command"
+    search = Search(settings, out)
+    if flags.dry_run:
+        objective = search.objective()
+        flops = objective.cost(objective.base.steps, 0.0).flops * objective.seeds
+        print(objective.space.table())
+        print(
+            f"\n{settings.level}: {len(objective.space.dimensions)} dimensions, "
+            f"{settings.trials} trials of {flops:.3g} FLOPs, into {out}"
+        )
+        return
+    run(search)
 
 
 def _work(settings: SearchSettings, out: Path, flags: OutFlag) -> None:
@@ -135,7 +154,7 @@ COMMANDS: dict[str, Command] = {
         "Train trials by workers of this machine until all have ended.",
         "Killed or stopped, it goes on where it was when started again; with a higher --trials it "
         "extends the study.",
-        OutFlag,
+        RunFlags,
         _run,
     ),
     "worker": Command(

@@ -6,7 +6,7 @@ by itself, the others are given it. Repeated runs count like any other.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +17,7 @@ import optuna
 from megatron_completedp.search.samplers import make_sampler, quiet
 from megatron_completedp.search.surrogate import Surrogate
 from megatron_completedp.search.trust_region import TrustRegionSampler
-from megatron_completedp.search.trust_trials import DIVERGED
+from megatron_completedp.search.trust_trials import DIVERGED, REPLICATE
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Step:
     """Loss without noise of the point that the sampler recommends: its incumbent for trust_region,
     that of the lowest observed loss for the others."""
     diverged: int
-    """Runs that fell off a cliff so far."""
+    """Runs that diverged so far."""
 
 
 def compare(
@@ -42,23 +42,29 @@ def compare(
     runs: int,
     repeats: int,
     radius: float | Mapping[str, float] = 0.5,
+    leave_out: Collection[tuple[str, int]] = (),
 ) -> Iterator[Step]:
     """The steps of every sampler, repeat by repeat; repeat r has the seed r.
+
+    Without the (sampler, repeat) in `leave_out`.
 
     `samplers` are names of `samplers.SamplerName`, or labels with settings, in which `name` names
     the sampler where the label does not: {"no guard": {"name": "trust_region", "guard": 0}}.
     """
     if not isinstance(samplers, Mapping):
         samplers = {name: {} for name in samplers}
-    for label, settings in samplers.items():
-        rest = dict(settings)
+
+    def make(label: str, seed: int) -> optuna.samplers.BaseSampler:
+        rest = dict(samplers[label])
         name = rest.pop("name", label)
-        for repeat in range(repeats):
-            sampler = make_sampler(
-                name, seed=repeat, space=surrogate.space, radius=radius, settings=rest
-            )
+        return make_sampler(name, seed=seed, space=surrogate.space, radius=radius, settings=rest)
+
+    for label in samplers:
+        make(label, 0)  # what is wrong with one is said before any runs
+    for label in samplers:
+        for repeat in (each for each in range(repeats) if (label, each) not in leave_out):
             with _silent():
-                yield from _steps(surrogate, label, sampler, runs, repeat)
+                yield from _steps(surrogate, label, make(label, repeat), runs, repeat)
 
 
 def _steps(
@@ -73,10 +79,13 @@ def _steps(
         study.enqueue_trial(dict.fromkeys(surrogate.space, 0.0))
     # Apart from the samplers' own streams, which are seeded by the repeat as well.
     noise = np.random.default_rng([repeat, 1])
+    # A point's run number r has the seed of every other's run number r.
+    seeds = np.random.default_rng([repeat, 2]).normal(size=runs)
     lowest, loss, diverged = np.inf, np.inf, 0
     for count in range(1, runs + 1):
         trial = study.ask({**surrogate.space})
-        observed = surrogate.observe(trial.params, noise)
+        replicate = trial.user_attrs.get(REPLICATE, 0)
+        observed = surrogate.observe(trial.params, noise, seed=seeds[replicate])
         if surrogate.diverges(trial.params):
             diverged += 1
             trial.set_user_attr(DIVERGED, True)

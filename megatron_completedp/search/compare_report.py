@@ -7,54 +7,61 @@ studies held for the best after equal budgets, trained again with fresh seeds on
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING
 
-from megatron_completedp.search.compare import Step, compare
+from megatron_completedp.search.code import code_version
+from megatron_completedp.search.compare import compare
 from megatron_completedp.search.compare_settings import CompareSettings
 from megatron_completedp.search.held_points import HeldPoints
-from megatron_completedp.search.surrogate import Surrogate, synthetic
+from megatron_completedp.search.surrogate import Surrogate, surrogate_hash, synthetic
 from megatron_completedp.study.fit import Interval, bootstrap
 from megatron_completedp.study.plot import COLORS, label_lines
 from megatron_completedp.study.report import FigureSpec, Finding, Report, Table
+from megatron_completedp.study.results import Results
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+#: Nats gained over the base run, by sampler: by number of runs for each repeat or seed.
+Gains = Mapping[str, Sequence[Mapping[int, float]]]
 #: A value with its interval at each of several budgets.
 Curve = Mapping[int, tuple[float, Interval]]
 
 
 def run(settings: CompareSettings, out: Path, *, command: str) -> Report:
-    """Train and simulate what the settings ask, and report. Rows are in OUT/results.jsonl.
+    """Train and simulate what the settings ask, and report.
 
-    Raises ConfigError for studies that cannot be compared, StudyStopped at a signal.
+    Rows are in OUT/results.jsonl (training) and OUT/surrogate.jsonl. Raises ConfigError for studies
+    that cannot be compared, StudyStopped at a signal.
     """
     held = HeldPoints(settings, out / "runs") if settings.studies else None
     surrogate = held.surrogate() if held else synthetic()
     # As in the real searches; a synthetic space has the samplers' default.
     radius = {each.name: each.radius for each in held.space.dimensions} if held else 0.5
-    gained = simulated(surrogate, settings, radius=radius)
-    curves = {"surrogate": {name: _curve(of) for name, of in gained.items()}}
+    gained = {"surrogate": simulated(surrogate, settings, out, radius=radius)}
     if held:
         trained = held.gains(held.train(out))
-        curves["training"] = {name: _real_curve(of, settings) for name, of in trained.items()}
+        gained["training"] = {name: _by_budget(of, settings) for name, of in trained.items()}
     return Report(
         title="Samplers at equal budget",
         question=(
-            f"Does {settings.judged} gain at least as much as the best of the others, by the means "
-            "(point estimates; how sure they are, their intervals say)?"
+            f"Does {settings.judged} gain more than the best of the others, by more than the "
+            "scatter?"
         ),
         command=command,
-        findings=tuple(_finding(settings.judged, of, kind) for kind, of in curves.items()),
-        figures=tuple(_figure(kind, of) for kind, of in curves.items()),
-        tables=tuple(_table(kind, of) for kind, of in curves.items()),
+        findings=tuple(
+            finding for kind, of in gained.items() for finding in _findings(settings, of, kind)
+        ),
+        figures=tuple(_figure(kind, _curves(of)) for kind, of in gained.items()),
+        tables=tuple(_table(kind, _curves(of), settings) for kind, of in gained.items()),
         settings={
             "base run": settings.run or "none",
-            "surrogate": _described(surrogate, fitted=held is not None),
+            "surrogate": _described(surrogate, held),
             "surrogate runs": f"{settings.runs}, {settings.repeats} repeats",
             "studies": ", ".join(f"{len(of)} of {name}" for name, of in settings.studies.items())
             or "none",
@@ -66,58 +73,100 @@ def run(settings: CompareSettings, out: Path, *, command: str) -> Report:
 
 
 def simulated(
-    surrogate: Surrogate, settings: CompareSettings, *, radius: float | Mapping[str, float]
-) -> dict[str, list[dict[int, float]]]:
+    surrogate: Surrogate,
+    settings: CompareSettings,
+    out: Path,
+    *,
+    radius: float | Mapping[str, float],
+) -> Gains:
     """Nats gained over the base without noise, by sampler: a curve over runs for each repeat.
 
-    `radius` is the region's at the start, as `samplers.make_sampler` takes it.
+    `radius` is the region's at the start, as `samplers.make_sampler` takes it. Repeats are kept in
+    OUT/surrogate.jsonl and not simulated again.
     """
     start = surrogate.loss(dict.fromkeys(surrogate.valleys, 0.0))
-    found: dict[str, list[dict[int, float]]] = {
-        name: [{} for _ in range(settings.repeats)] for name in settings.samplers
-    }
-    step: Step
-    runs, repeats = settings.runs, settings.repeats
-    for step in compare(surrogate, settings.samplers, runs=runs, repeats=repeats, radius=radius):
+    meaning = {"surrogate": surrogate_hash(surrogate), "radius": radius, "runs": settings.runs}
+    results = Results(out / "surrogate.jsonl", meaning)
+    done = {(row["sampler"], row["repeat"]) for row in results.rows()}
+    steps = compare(
+        surrogate,
+        settings.samplers,
+        runs=settings.runs,
+        repeats=settings.repeats,
+        radius=radius,
+        leave_out=done,
+    )
+    for (sampler, repeat), of in groupby(steps, key=lambda step: (step.sampler, step.repeat)):
+        whole = list(of)
         # Before a point is held, the base run would be used.
-        gained = start - step.loss if math.isfinite(step.loss) else 0.0
-        found[step.sampler][step.repeat][step.runs] = gained
-    return found
+        gains = [start - step.loss if math.isfinite(step.loss) else 0.0 for step in whole]
+        row = {"sampler": sampler, "repeat": repeat, "diverged": whole[-1].diverged}
+        row["code"] = code_version()
+        results.append({**row, "gains": [round(gain, 6) for gain in gains]})
+    wanted = {(name, each) for name in settings.samplers for each in range(settings.repeats)}
+    kept = {
+        (row["sampler"], row["repeat"]): dict(enumerate(row["gains"], start=1))
+        for row in results.rows()
+        if (row["sampler"], row["repeat"]) in wanted
+    }
+    return {
+        name: [kept[name, repeat] for repeat in range(settings.repeats)]
+        for name in settings.samplers
+    }
 
 
-def _curve(repeats: Sequence[Mapping[int, float]]) -> Curve:
-    """Mean over repeats with its bootstrap interval, at each number of runs."""
-    return {runs: _mean([repeat[runs] for repeat in repeats]) for runs in repeats[0]}
-
-
-def _real_curve(studies: Sequence[Sequence[Sequence[float]]], settings: CompareSettings) -> Curve:
-    """Mean over studies and seeds by budget; the interval resamples studies, or a lone one's seeds.
+def _by_budget(
+    studies: Sequence[Sequence[Sequence[float]]], settings: CompareSettings
+) -> list[dict[int, float]]:
+    """Gains by budget for each unit: a study, by the mean over seeds, or a lone study's seeds.
 
     What differs between repeats is more than what differs between seeds, so repeats are the units
     where there are any.
     """
-    found = {}
-    for index, budget in enumerate(settings.budgets):
-        by_study = [study[index] for study in studies]
-        units = by_study[0] if len(by_study) == 1 else [fmean(seeds) for seeds in by_study]
-        found[budget] = _mean(units)
-    return found
+    if len(studies) == 1:
+        units = list(zip(*studies[0], strict=True))
+    else:
+        units = [tuple(fmean(seeds) for seeds in study) for study in studies]
+    return [dict(zip(settings.budgets, unit, strict=True)) for unit in units]
+
+
+def _curves(gained: Gains) -> dict[str, Curve]:
+    """Mean over the units with its bootstrap interval, at each number of runs."""
+    return {
+        name: {runs: _mean([unit[runs] for unit in units]) for runs in units[0]}
+        for name, units in gained.items()
+    }
 
 
 def _mean(units: Sequence[float]) -> tuple[float, Interval]:
     return fmean(units), bootstrap(len(units), lambda drawn: fmean(units[i] for i in drawn))
 
 
-def _finding(judged: str, curves: Mapping[str, Curve], kind: str) -> Finding:
-    last = {name: of[max(of)] for name, of in curves.items()}
-    best = max((name for name in last if name != judged), key=lambda name: last[name][0])
-    ours, theirs = (f"{last[name][0]:.4f} {_bracket(last[name][1])}" for name in (judged, best))
-    return Finding(
-        what=f"gain of {judged} minus that of {best}, {kind}, after {max(curves[judged])} runs",
-        value=last[judged][0] - last[best][0],
+def _findings(settings: CompareSettings, gained: Gains, kind: str) -> Iterator[Finding]:
+    """The gain of the judged sampler over the best of the others, and the lower end of that."""
+    judged, last = settings.judged, max(gained[settings.judged][0])
+    units = {name: [unit[last] for unit in of] for name, of in gained.items()}
+    best = max((name for name in units if name != judged), key=lambda name: fmean(units[name]))
+    ours, theirs = units[judged], units[best]
+    difference = fmean(ours) - fmean(theirs)
+    interval = Interval(math.nan, math.nan)
+    if len(ours) == len(theirs):
+        # Unit by unit: they share seeds, and the scatter of the base run with them.
+        interval = _mean([a - b for a, b in zip(ours, theirs, strict=True)])[1]
+    what = f"gain of {judged} minus that of {best}, {kind}, after {last} runs"
+    yield Finding(
+        what=what,
+        value=difference,
+        low=-math.inf,
+        high=math.inf,
+        note=f"nats/token; {fmean(ours):.4f} against {fmean(theirs):.4f}",
+    )
+    yield Finding(
+        what=f"{what}: lower end of its 95 % interval",
+        value=interval.low,
         low=0.0,
         high=math.inf,
-        note=f"point estimate, nats/token; {ours} against {theirs}, 95 % intervals",
+        note=f"{_bracket(interval)} over {len(ours)} repeats or seeds",
     )
 
 
@@ -160,9 +209,9 @@ def _draw(figure: Figure, curves: Mapping[str, Curve], *, marked: bool) -> None:
     label_lines(axes)
 
 
-def _table(kind: str, curves: Mapping[str, Curve]) -> Table:
+def _table(kind: str, curves: Mapping[str, Curve], settings: CompareSettings) -> Table:
     every = sorted(next(iter(curves.values())))
-    shown = every if kind == "training" else [every[len(every) // 2], every[-1]]
+    shown = [runs for runs in every if runs in settings.budgets or runs == every[-1]]
     rows = []
     for name, of in curves.items():
         cells: list[str] = []
@@ -179,8 +228,13 @@ def _table(kind: str, curves: Mapping[str, Curve]) -> Table:
     )
 
 
-def _described(surrogate: Surrogate, *, fitted: bool) -> str:
-    origin = "fitted to the studies' trials" if fitted else "synthetic, see search/surrogate.py"
+def _described(surrogate: Surrogate, held: HeldPoints | None) -> str:
+    origin = "synthetic, see search/surrogate.py"
+    if held:
+        origin = (
+            "fitted to the studies' trials, of which it predicts "
+            f"{held.predicted():.0%} of the variance where they are left out"
+        )
     cliffs = sum(
         math.isfinite(edge)
         for valley in surrogate.valleys.values()
@@ -189,14 +243,17 @@ def _described(surrogate: Surrogate, *, fitted: bool) -> str:
     gain = surrogate.loss(dict.fromkeys(surrogate.valleys, 0.0)) - surrogate.best
     return (
         f"{origin}: {len(surrogate.valleys)} dimensions, {cliffs} cliffs, noise "
-        f"{surrogate.noise:.4f}, {gain:.4f} nats to gain"
+        f"{surrogate.noise:.4f} beside the seeds' {surrogate.seed_noise:.4f}, {gain:.4f} nats to "
+        "gain"
     )
 
 
 def _limits(settings: CompareSettings) -> tuple[str, ...]:
     limits = [
         "The surrogate is separable, and what its optimum gains beyond the trials it was fitted to "
-        "is extrapolated: it ranks samplers, it does not predict losses.",
+        "is extrapolated: it ranks samplers, it does not predict losses. Without interactions it "
+        "is also the kindest landscape there is to steps along a linear fit.",
+        "trust_region's settings were chosen on studies like these; the others have defaults.",
     ]
     if not settings.studies:
         limits.append("No real training: the ranking is that on a synthetic landscape.")

@@ -18,11 +18,11 @@ from megatron_completedp.config.load import identity
 from megatron_completedp.config.recipe import Provenance, Recipe, save_recipe
 from megatron_completedp.data.manifest import load_manifest, text_hashes
 from megatron_completedp.errors import ConfigError
-from megatron_completedp.search.heldout import on_heldout
+from megatron_completedp.search.code import git_commit, sources_hash
+from megatron_completedp.search.heldout import every_seed, on_heldout
 from megatron_completedp.search.incumbent import Incumbent, incumbent
 from megatron_completedp.search.objective import Objective
 from megatron_completedp.search.settings import SearchSettings
-from megatron_completedp.search.storage import git_commit
 from megatron_completedp.study.results import Results
 from megatron_completedp.study.tasks import Point, train_points
 
@@ -59,11 +59,10 @@ def export(
     found = heldout_losses(objective, settings, best, out=out, runs=heldout_runs)
     losses = list(found.values())
     complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    seeds = [seed for replicate in best.replicates for seed in objective.seeds_of(replicate)]
     provenance = Provenance(
         study=settings.name,
         trials=len(complete),
-        seeds=tuple(sorted(seeds)),
+        seeds=tuple(sorted(every_seed(study, objective.base.seed))),
         loss=best.loss,
         loss_standard_error=_or_none(best.standard_error),
         heldout_loss=statistics.fmean(losses) if losses else None,
@@ -73,6 +72,7 @@ def export(
         tokenizer=load_manifest(Path(config.data.train[0])).tokenizer_sha256,
         code_version=__version__,
         git_commit=git_commit(),
+        sources=sources_hash(),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )
     written = Recipe.of(config, settings.level, provenance)

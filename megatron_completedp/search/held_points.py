@@ -19,14 +19,13 @@ from megatron_completedp.config.load import identity, load_config
 from megatron_completedp.errors import ConfigError
 from megatron_completedp.plan.run_plan import Plan
 from megatron_completedp.search.compare_settings import CompareSettings
-from megatron_completedp.search.heldout import check_seeds, on_heldout, seeds_of
+from megatron_completedp.search.heldout import check_seeds, every_seed, on_heldout
 from megatron_completedp.search.history import History
-from megatron_completedp.search.importance import rows_of
+from megatron_completedp.search.importance import in_the_valley, predicted, rows_of
 from megatron_completedp.search.queue import begun
 from megatron_completedp.search.space import Space
-from megatron_completedp.search.surrogate import Surrogate, fit
+from megatron_completedp.search.surrogate import Row, Surrogate, fit
 from megatron_completedp.search.trials_file import read_export
-from megatron_completedp.search.trust_trials import REPLICATE
 from megatron_completedp.study.points import as_point, numbers_hash
 from megatron_completedp.study.results import Results, differences
 from megatron_completedp.study.tasks import Point, train_points
@@ -38,7 +37,8 @@ class HeldPoints:
     def __init__(self, settings: CompareSettings, folder: Path) -> None:
         """Raises ConfigError for studies that cannot be compared.
 
-        They are of different spaces or another run, are shorter than a budget, or had the seeds.
+        They are of different spaces or another run, of unequal trials, pruned, one study twice,
+        shorter than a budget, or had the seeds.
         """
         self.settings = settings
         self.folder = folder
@@ -54,11 +54,20 @@ class HeldPoints:
             own = study.user_attrs["identity"]
             found = list(differences(first["space"], own["space"], "space"))
             found += differences(own["run"], json.loads(json.dumps(identity(base))), "run")
+            for name in ("seeds", "samples"):
+                found += differences(first[name], own[name], name)
             if found:
                 raise ConfigError(
                     f"the study {study.study_name!r} is no search of the same kind: "
-                    f"{'; '.join(found)}. Compare studies of one run, level and bounds."
+                    f"{'; '.join(found)}. Compare studies of one run, level and bounds, whose "
+                    "trials cost the same."
                 )
+            if own["proposals"]["prune"]:
+                raise ConfigError(
+                    f"the study {study.study_name!r} stopped trials early (prune): at equal trials "
+                    "it was given less. Compare studies without it."
+                )
+        _check_repeats(studies)
         self.space = Space.of(base, first["space"]["level"], first["space"]["bounds"])
         self.histories = {
             name: [History(study, self.space) for study in group] for name, group in studies.items()
@@ -66,12 +75,20 @@ class HeldPoints:
         self.ceiling = math.log(base.model.vocab_size)
         for one in (one for group in self.histories.values() for one in group):
             _check_budget(one, max(settings.budgets))
-            check_seeds(settings.seeds, _seeds_of(one.study, base.seed))
+            check_seeds(settings.seeds, every_seed(one.study, base.seed))
 
     def surrogate(self) -> Surrogate:
-        """Fitted to all trials of all studies."""
-        rows = [row for group in self.histories.values() for one in group for row in rows_of(one)]
-        return fit(rows, self.space.distributions(), ceiling=self.ceiling)
+        """Fitted to the trials of all studies that lie in the valley: see `in_the_valley`."""
+        return fit(self._rows(), self.space.distributions(), ceiling=self.ceiling)
+
+    def predicted(self) -> float:
+        """Share of the variance of left-out trials that the surrogate's fit predicts."""
+        rows = [row for row in self._rows() if not row.diverged]
+        return predicted(rows, self.space.distributions(), ceiling=self.ceiling)
+
+    def _rows(self) -> list[Row]:
+        every = [row for group in self.histories.values() for one in group for row in rows_of(one)]
+        return in_the_valley(every)
 
     def train(self, out: Path) -> list[dict[str, Any]]:
         """Train what has no row in OUT/results.jsonl; every row."""
@@ -103,6 +120,12 @@ class HeldPoints:
         0 while a study has no point yet: it would use the base run. -inf where the run diverged.
         """
         losses = {row["id"]: math.inf if row["diverged"] else float(row["loss"]) for row in rows}
+        for seed in self.settings.seeds:
+            if math.isinf(losses[self.run({}, seed).id]):
+                raise ConfigError(
+                    f"the base run of {self.settings.run} diverged with seed {seed}, so that no "
+                    "gain over it can be told. Give other seeds, or a base run that trains."
+                )
 
         def gain(held: Mapping[str, float], seed: int) -> float:
             start, found = (losses[self.run(each, seed).id] for each in ({}, held))
@@ -136,6 +159,29 @@ class HeldPoints:
         return Point(id=name, config=config, labels={"seed": seed})
 
 
+def _check_repeats(studies: Mapping[str, Sequence[optuna.Study]]) -> None:
+    """Raise ConfigError for repeats that are no repeats: of two kinds, or with one seed."""
+    kinds: dict[str, str] = {}
+    for name, group in studies.items():
+        proposals = [study.user_attrs["identity"]["proposals"] for study in group]
+        kind = {json.dumps([each["sampler"], each["options"]]) for each in proposals}
+        if len(kind) > 1:
+            raise ConfigError(
+                f"studies.{name} has studies of different samplers or options: "
+                f"{'; '.join(sorted(kind))}. Give each a name of its own."
+            )
+        if len({each["seed"] for each in proposals}) < len(proposals):
+            raise ConfigError(
+                f"studies.{name} has two studies of one seed, which propose the same points; a "
+                "repeat has a seed of its own."
+            )
+        if (other := kinds.setdefault(kind.pop(), name)) != name:
+            raise ConfigError(
+                f"studies.{other} and studies.{name} are of one sampler with the same options; "
+                "give their studies as repeats under one name."
+            )
+
+
 def _check_budget(history: History, budget: int) -> None:
     ended = begun(history.trials) - sum(not trial.state.is_finished() for trial in history.trials)
     if ended < budget:
@@ -143,10 +189,3 @@ def _check_budget(history: History, budget: int) -> None:
             f"the study {history.study.study_name!r} has {ended} trials, fewer than the budget of "
             f"{budget}: it would be compared at less. Let it go on, or lower budgets."
         )
-
-
-def _seeds_of(study: optuna.Study, first: int) -> set[int]:
-    """Every seed that a trial had, in a study whose seeds begin with `first`."""
-    seeds = study.user_attrs["identity"]["seeds"]
-    replicates = {trial.user_attrs.get(REPLICATE, 0) for trial in study.get_trials(deepcopy=False)}
-    return {seed for each in replicates for seed in seeds_of(first, seeds, each)}

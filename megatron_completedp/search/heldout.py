@@ -6,9 +6,12 @@ import os
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 
+import optuna
+
 from megatron_completedp.config.run import RunConfig
 from megatron_completedp.config.sections import DataConfig
 from megatron_completedp.errors import ConfigError
+from megatron_completedp.search.trust_trials import REPLICATE
 
 
 def check_heldout(data: DataConfig, heldout: Sequence[str]) -> None:
@@ -31,6 +34,13 @@ def seeds_of(first: int, seeds: int, replicate: int) -> range:
     """The `seeds` seeds of a point's run number `replicate`, in a search from the seed `first`."""
     start = first + replicate * seeds
     return range(start, start + seeds)
+
+
+def every_seed(study: optuna.Study, first: int) -> set[int]:
+    """Every seed that a trial of `study` had, whose seeds begin with `first`."""
+    seeds = study.user_attrs["identity"]["seeds"]
+    replicates = {trial.user_attrs.get(REPLICATE, 0) for trial in study.get_trials(deepcopy=False)}
+    return {seed for each in replicates for seed in seeds_of(first, seeds, each)}
 
 
 def check_seeds(fresh: Iterable[int], had: Collection[int]) -> None:

@@ -15,13 +15,16 @@ from dataclasses import dataclass
 from statistics import fmean
 
 import numpy as np
+from optuna.distributions import FloatDistribution
 
 from megatron_completedp.search.history import History
 from megatron_completedp.search.surrogate import Row, Surrogate, fit
-from megatron_completedp.search.trust_trials import DIVERGED
+from megatron_completedp.search.trust_trials import DIVERGED, REPLICATE
 
 #: Parts of the trials that are left out in turn.
 FOLDS = 5
+#: Nats above the best run within which a quadratic is fitted.
+VALLEY = 1.0
 #: Shuffles of the losses.
 SHUFFLES = 10
 #: Trials that ended well below which there is nothing to say.
@@ -37,8 +40,7 @@ class Importance:
     chance: float
     """The largest of these on shuffled losses, on average: what is below may be nothing."""
     predicted: float
-    """Share of the variance of left-out trials that the fit predicts; below 0 is worse than the
-    mean."""
+    """See the function of this name."""
 
 
 def rows_of(history: History) -> list[Row]:
@@ -50,33 +52,29 @@ def rows_of(history: History) -> list[Row]:
             math.nan if trial.value is None else trial.value,
             diverged=bool(trial.user_attrs.get(DIVERGED)),
             chosen=history.chosen_for(trial),
+            replicate=int(trial.user_attrs.get(REPLICATE, 0)),
         )
         for trial in history.finished
     ]
 
 
-def importance(history: History, *, cliff: float, ceiling: float) -> Importance | None:
-    """Estimated from the runs that lie within `cliff` nats of the best; None for too few.
+def in_the_valley(rows: Sequence[Row]) -> list[Row]:
+    """The diverged rows, and those within VALLEY nats of the best.
 
-    Runs above that say that something broke, and one of them would outweigh all the others.
+    Above that something broke, and one such run would outweigh all the others in a fit.
     """
-    rows = [row for row in rows_of(history) if not row.diverged]
-    if not rows:
-        return None
-    best = min(row.loss for row in rows)
-    rows = [row for row in rows if row.loss <= best + cliff]
+    best = min((row.loss for row in rows if not row.diverged), default=math.inf)
+    return [row for row in rows if row.diverged or row.loss <= best + VALLEY]
+
+
+def importance(history: History, *, ceiling: float) -> Importance | None:
+    """Estimated from the runs `in_the_valley`; None for too few."""
+    rows = [row for row in in_the_valley(rows_of(history)) if not row.diverged]
     if len(rows) < LEAST or len({row.loss for row in rows}) == 1:
         return None
     space = history.space.distributions()
     generator = np.random.default_rng(0)
-    order = generator.permutation(len(rows))
-    losses = np.array([row.loss for row in rows])
-    predictions = np.empty(len(rows))
-    for part in np.array_split(order, FOLDS):
-        kept = [rows[i] for i in sorted(set(order.tolist()) - set(part.tolist()))]
-        found = fit(kept, space, ceiling=ceiling)
-        predictions[part] = [found.loss(rows[i].point) for i in part]
-    spread = float(((losses - losses.mean()) ** 2).sum())
+    losses = [row.loss for row in rows]
     largest = []
     for _ in range(SHUFFLES):
         shuffled = generator.permutation(losses)
@@ -85,8 +83,26 @@ def importance(history: History, *, cliff: float, ceiling: float) -> Importance 
     return Importance(
         nats=_parts(fit(rows, space, ceiling=ceiling), rows),
         chance=fmean(largest),
-        predicted=1 - float(((losses - predictions) ** 2).sum()) / spread,
+        predicted=predicted(rows, space, ceiling=ceiling),
     )
+
+
+def predicted(
+    rows: Sequence[Row], space: Mapping[str, FloatDistribution], *, ceiling: float
+) -> float:
+    """Share of the variance of left-out `rows`, a fifth at a time, that a fit to the rest predicts.
+
+    Below 0 it is worse than the mean.
+    """
+    order = np.random.default_rng(0).permutation(len(rows))
+    losses = np.array([row.loss for row in rows])
+    predictions = np.empty(len(rows))
+    for part in np.array_split(order, FOLDS):
+        kept = [rows[i] for i in sorted(set(order.tolist()) - set(part.tolist()))]
+        found = fit(kept, space, ceiling=ceiling)
+        predictions[part] = [found.loss(rows[i].point) for i in part]
+    spread = float(((losses - losses.mean()) ** 2).sum())
+    return 1 - float(((losses - predictions) ** 2).sum()) / spread
 
 
 def _parts(found: Surrogate, rows: Sequence[Row]) -> dict[str, float]:

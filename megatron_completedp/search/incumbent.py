@@ -11,8 +11,7 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from megatron_completedp.search.trust_region import TrustRegionSampler
-from megatron_completedp.search.trust_state import START
-from megatron_completedp.search.trust_trials import DIVERGED, REPLICATE
+from megatron_completedp.search.trust_trials import DIVERGED
 from megatron_completedp.study.fit import pooled_deviation
 
 
@@ -27,8 +26,6 @@ class Incumbent:
     """Of that mean, from the seed noise; NaN where no point was run twice."""
     trials: tuple[int, ...]
     """Numbers of its trials that ended well."""
-    replicates: tuple[int, ...]
-    """Which of the point's runs the loss is of."""
 
 
 def incumbent(study: optuna.Study) -> Incumbent | None:
@@ -50,24 +47,18 @@ def incumbent(study: optuna.Study) -> Incumbent | None:
         if not math.isfinite(state.loss) or not own:
             return None
         error = state.noise / math.sqrt(state.runs) if math.isfinite(state.noise) else math.nan
-        # The run that a point was chosen for counts where there is no other, but for the start.
-        fresh = [trial for trial in own if trial.user_attrs.get(REPLICATE, 0)]
-        counted = own if state.incumbent == START else fresh or own
-        return _incumbent(own, counted, state.loss, error)
+        return _incumbent(own, state.loss, error)
     best = min(groups.values(), key=_mean)
     noise, _ = pooled_deviation([[_value(trial) for trial in own] for own in groups.values()])
-    return _incumbent(best, best, _mean(best), noise / math.sqrt(len(best)))
+    return _incumbent(best, _mean(best), noise / math.sqrt(len(best)))
 
 
-def _incumbent(
-    own: Sequence[FrozenTrial], counted: Sequence[FrozenTrial], loss: float, error: float
-) -> Incumbent:
+def _incumbent(own: Sequence[FrozenTrial], loss: float, error: float) -> Incumbent:
     return Incumbent(
         params=dict(own[0].params),
         loss=loss,
         standard_error=error,
         trials=tuple(trial.number for trial in own),
-        replicates=tuple(trial.user_attrs.get(REPLICATE, 0) for trial in counted),
     )
 
 

@@ -10,6 +10,8 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from megatron_completedp.search.ledger import end_of
 from megatron_completedp.search.queue import Queue
+from megatron_completedp.search.settings import DatabaseSettings
+from megatron_completedp.search.storage import persist
 
 logger = logging.getLogger(__name__)
 
@@ -17,9 +19,10 @@ logger = logging.getLogger(__name__)
 class Progress:
     """What the parent logs: each trial that has ended since it last looked."""
 
-    def __init__(self, queue: Queue) -> None:
+    def __init__(self, queue: Queue, database: DatabaseSettings) -> None:
+        """What had ended before is not logged. Waits for the database like `persist`."""
         self._queue = queue
-        self._seen = {trial.number for trial in self._ended()}
+        self._seen = {trial.number for trial in persist(self._ended, database)}
 
     def look(self) -> bool:
         """Whether a trial has ended; not known while the database is away."""

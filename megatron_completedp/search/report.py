@@ -32,6 +32,7 @@ from megatron_completedp.search.report_figures import (
     short,
 )
 from megatron_completedp.search.settings import DATABASE_FILE
+from megatron_completedp.search.space import Space
 from megatron_completedp.search.storage import check_identity
 from megatron_completedp.search.surrogate import Valley, fit
 from megatron_completedp.search.trials_file import FILE, read_export, write_export
@@ -69,7 +70,7 @@ def report(search: Search, *, target: str | None, command: str) -> Report:
         )
     point = history.held[-1].point
     start, best = history.start, history.estimate(point)
-    weights = importance(history, cliff=1.0, ceiling=objective.ceiling)
+    weights = importance(history, ceiling=objective.ceiling)
     return Report(
         title=f"Search {study.study_name}",
         question="Is the best point better than the start by more than the noise of the seeds?",
@@ -78,7 +79,7 @@ def report(search: Search, *, target: str | None, command: str) -> Report:
         figures=_figures(history, objective, point, weights),
         tables=(
             _loss_table(start, best),
-            _changes_table(point, weights),
+            _changes_table(point, history.space, weights),
             _cost_table(search, study, target),
         ),
         settings=_settings(search, study, objective, history),
@@ -217,17 +218,23 @@ def _loss_table(start: Estimate, best: Estimate) -> Table:
     )
 
 
-def _changes_table(point: Mapping[str, float], weights: Importance | None) -> Table:
-    ranked = sorted(point.items(), key=lambda item: -abs(item[1]))[:LISTED]
+def _changes_table(point: Mapping[str, float], space: Space, weights: Importance | None) -> Table:
+    on_bound = space.on_bounds(point)
+    bounds = {item.name: (item.low, item.high) for item in space.dimensions}
+    ranked = sorted(point.items(), key=lambda item: (item[0] not in on_bound, -abs(item[1])))
     rows = []
-    for name, value in ranked:
+    for name, value in ranked[: max(LISTED, len(on_bound))]:
         part = "-" if weights is None else f"{weights.nats[name]:.4f}"
-        rows.append((short(name), f"{math.exp(value):.3g}", f"{value / math.log(2):+.2f}", part))
+        low, high = (f"{math.exp(bound):.3g}" for bound in bounds[name])
+        within = f"{low} to {high}" + (", on it" if name in on_bound else "")
+        factor, octaves = f"{math.exp(value):.3g}", f"{value / math.log(2):+.2f}"
+        rows.append((short(name), factor, octaves, within, part))
     return Table(
         title="Largest changes",
-        header=("dimension", "factor", "log2", "importance"),
+        header=("dimension", "factor", "log2", "bounds", "importance"),
         rows=tuple(rows),
-        note="Of the best point against the base run; a large change need not matter.",
+        note="Of the best point against the base run, those on their bounds first; a large change "
+        "need not matter.",
     )
 
 
@@ -290,6 +297,11 @@ def _limits(
         limits.append(
             "The gain's interval leaves out that the point won several comparisons with these very "
             f"runs. The bound allows for it: {history.challenges} points were run again."
+        )
+    if on_bound := history.space.on_bounds(point):
+        limits.append(
+            f"{len(on_bound)} of {len(history.space.dimensions)} dimensions of the best point lie "
+            "on their bounds: wider ones might find better."
         )
     if weights is None:
         limits.append("Too few trials ended well to estimate any importance.")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import subprocess
 import time
 import uuid
 import warnings
@@ -20,10 +19,10 @@ from optuna.storages import RDBStorage
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlchemyError
 
-from megatron_completedp import __version__
 from megatron_completedp.data.atomic import atomic_write
 from megatron_completedp.data.claims import claim
 from megatron_completedp.errors import CompletedPError, ConfigError
+from megatron_completedp.search.code import code_version
 from megatron_completedp.search.settings import TRIALS_FOLDER, DatabaseSettings
 from megatron_completedp.study.crew import Stop, StudyStopped
 from megatron_completedp.study.results import differences
@@ -124,12 +123,18 @@ def connect(url: str, database: DatabaseSettings, out: Path) -> RDBStorage:
 
 
 def open_study(
-    storage: RDBStorage, name: str, out: Path, *, identity: Mapping[str, Any]
+    storage: RDBStorage,
+    name: str,
+    out: Path,
+    *,
+    identity: Mapping[str, Any],
+    first: Mapping[str, float] | None = None,
 ) -> optuna.Study:
     """The study `name`, made if it does not exist; `identity` is what its values mean.
 
-    Raises ConfigError, with the differences, for a study of another identity, and for one whose
-    workers share another output folder.
+    A new study has the point `first` for its first trial; without it, the sampler's. Raises
+    ConfigError, with the differences, for a study of another identity, and for one whose workers
+    share another output folder.
     """
     # One at a time, so that the first one's identity stands when the next one looks.
     with claim(out / "claims" / "study", wait=True), _quiet():
@@ -143,6 +148,8 @@ def open_study(
                     "longer in its database; this one would take them for its own. Give another "
                     "--out, or remove that folder."
                 )
+            if first is not None:
+                study.enqueue_trial(dict(first), skip_if_exists=True)
             study.set_user_attr("folder", _mark(out))
             study.set_user_attr("identity", _as_read_back(identity))
         check_identity(study, identity)
@@ -187,24 +194,15 @@ def load_study(storage: RDBStorage, name: str) -> optuna.Study:
 
 def _note_code(study: optuna.Study) -> None:
     """Keep the list of the versions that worked on the study."""
-    now, known = f"{__version__} ({git_commit() or 'installed'})", study.user_attrs.get("code", [])
+    now, known = code_version(), study.user_attrs.get("code", [])
     if now not in known:
         if known:
-            logger.warning("this study was begun with version %s; this is %s", known[0], now)
+            logger.warning(
+                "this study was begun with version %s; this is %s, which may propose other points",
+                known[0],
+                now,
+            )
         study.set_user_attr("code", [*known, now])
-
-
-def git_commit() -> str | None:
-    """The commit of the checkout that this package runs from; None for an installed one."""
-    root = Path(__file__).parents[2]
-    if not (root / ".git").exists():
-        return None
-    git = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        done = subprocess.run(git, cwd=root, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()
 
 
 @contextmanager

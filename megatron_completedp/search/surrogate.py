@@ -1,23 +1,25 @@
 """A cheap stand-in for training runs: what samplers are compared on at equal budget, in seconds.
 
-loss(x) = level + sum_i (slope_i x_i + curvature_i x_i^2) + noise, x in natural logs of multipliers
-with 0 = the base run, until a coordinate passes its cliff: there the run diverges and its loss is
-the ceiling, that of knowing nothing. `fit` reads the numbers off real trials; `synthetic` states
-some for when there are none.
+loss(x) = level + sum_i (slope_i x_i + curvature_i x_i^2) + seed + noise, x in natural logs of
+multipliers with 0 = the base run, until a coordinate passes its cliff: there the run diverges and
+its loss is the ceiling, that of knowing nothing. Runs of one seed share its effect, as in training.
+`fit` reads the numbers off real trials; `synthetic` states some for when there are none.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 from optuna.distributions import FloatDistribution
 from scipy.optimize import lsq_linear
 
 from megatron_completedp.errors import ConfigError
-from megatron_completedp.study.fit import pooled_deviation
+from megatron_completedp.search.seed_noise import SeedNoise
 
 #: Pull of the fit towards a flat landscape, in rows' worth of evidence for each coordinate: trials
 #: are fewer than coefficients, and what they do not show should not be in the surrogate.
@@ -34,6 +36,8 @@ class Row:
     diverged: bool = False
     chosen: bool = False
     """Its point was kept for this run, whose loss says too little: it is no sample of the noise."""
+    replicate: int = 0
+    """Which run of its point it is: equal ones have equal seeds."""
 
 
 @dataclass(frozen=True)
@@ -67,11 +71,13 @@ class Surrogate:
     level: float
     """Loss of the base, without noise."""
     noise: float
-    """Standard deviation over seeds."""
+    """Standard deviation of a run once the effect of its seed is taken out."""
     ceiling: float
     """Loss of a diverged run."""
     valleys: Mapping[str, Valley]
     """By name of the multiplier."""
+    seed_noise: float = 0.0
+    """Standard deviation of what a seed does to all points alike."""
 
     @property
     def space(self) -> dict[str, FloatDistribution]:
@@ -84,15 +90,15 @@ class Surrogate:
         return self.loss({name: valley.best for name, valley in self.valleys.items()})
 
     def diverges(self, point: Mapping[str, float]) -> bool:
-        """Whether a run at `point` falls off a cliff."""
-        return any(
-            not valley.cliff_low <= point[name] <= valley.cliff_high
-            for name, valley in self.valleys.items()
-        )
+        """Whether a run at `point` falls off a cliff, or comes to no better than the ceiling."""
+        return self.loss(point) >= self.ceiling
 
     def loss(self, point: Mapping[str, float]) -> float:
-        """Loss at `point` without noise; the ceiling where it diverges or is worse than that."""
-        if self.diverges(point):
+        """Loss at `point` without noise; the ceiling where it diverges."""
+        if any(
+            not valley.cliff_low <= point[name] <= valley.cliff_high
+            for name, valley in self.valleys.items()
+        ):
             return self.ceiling
         slopes = (
             (valley.slope + valley.curvature * point[name]) * point[name]
@@ -100,10 +106,22 @@ class Surrogate:
         )
         return min(self.ceiling, self.level + sum(slopes))
 
-    def observe(self, point: Mapping[str, float], generator: np.random.Generator) -> float:
-        """Loss of one run at `point`; diverged runs have no noise."""
+    def observe(
+        self, point: Mapping[str, float], generator: np.random.Generator, *, seed: float = 0.0
+    ) -> float:
+        """Loss of one run at `point`; diverged runs have no noise.
+
+        `seed` is its seed's effect in units of `seed_noise`, the same for all runs of that seed.
+        """
         loss = self.loss(point)
-        return loss if loss >= self.ceiling else loss + self.noise * float(generator.normal())
+        if loss >= self.ceiling:
+            return loss
+        return loss + self.seed_noise * seed + self.noise * float(generator.normal())
+
+
+def surrogate_hash(surrogate: Surrogate) -> str:
+    """SHA-256 of every number of it."""
+    return hashlib.sha256(json.dumps(asdict(surrogate), sort_keys=True).encode()).hexdigest()
 
 
 def synthetic(dimensions: int = 79, *, seed: int = 0, noise: float = 0.005) -> Surrogate:
@@ -142,8 +160,9 @@ def fit(
     """The surrogate that real trials suggest.
 
     Slopes and curvatures (not below 0) by least squares with a ridge, from the runs that did not
-    diverge. Noise from points that were run more than once; without any, from what the fit leaves
-    over, which is an upper bound. Cliffs: see `_cliffs`. Raises ConfigError without two good rows.
+    diverge. Noise, and the part that seeds have in it, from points that were run more than once;
+    without any, from what the fit leaves over, which is an upper bound. Cliffs: see `_cliffs`.
+    Raises ConfigError without two good rows.
     """
     good = [row for row in rows if not row.diverged and math.isfinite(row.loss)]
     if len(good) < 2:
@@ -176,22 +195,31 @@ def fit(
         )
         for i, (name, of) in enumerate(space.items())
     }
-    noise = _repeat_noise(good)
+    run, noise = _repeat_noise(good)
+    if math.isinf(run):
+        run = noise = float(np.sqrt((left_over**2).mean()))
     return Surrogate(
         level=float(solution[0]),
-        noise=float(np.sqrt((left_over**2).mean())) if math.isnan(noise) else noise,
+        noise=noise,
+        seed_noise=math.sqrt(max(run**2 - noise**2, 0.0)),
         ceiling=ceiling,
         valleys=valleys,
     )
 
 
-def _repeat_noise(rows: Sequence[Row]) -> float:
-    """Pooled standard deviation within repeated points; NaN without one."""
-    losses: dict[tuple[float, ...], list[float]] = {}
+def _repeat_noise(rows: Sequence[Row]) -> tuple[float, float]:
+    """Standard deviations of a run within its point, with and without its seed's effect.
+
+    inf without a point that was repeated.
+    """
+    losses: dict[tuple[float, ...], dict[int, float]] = {}
     for row in rows:
         if not row.chosen:
-            losses.setdefault(tuple(row.point.values()), []).append(row.loss)
-    return pooled_deviation(losses.values())[0]
+            losses.setdefault(tuple(row.point.values()), {})[row.replicate] = row.loss
+    seeds = SeedNoise()
+    for point, by_seed in losses.items():
+        seeds.replace(point, by_seed)
+    return seeds.run().deviation, seeds.paired().deviation
 
 
 def _cliffs(rows: Sequence[Row], names: Sequence[str]) -> tuple[dict[str, float], dict[str, float]]:

@@ -6,8 +6,9 @@ trials since the last restart, Thompson sampling from candidates in a box around
 whose side doubles after 3 successes in a row and halves after as many failures as there are
 coordinates. Below the least side it starts again from other points.
 
-Ours differs from the paper in two ways: the first point is the search's start rather than a random
-one, and a diverged run enters the model as the worst run that ended well.
+Ours differs from the paper in three ways: the first point is the search's start rather than a
+random one, candidates are uniform draws rather than a Sobol sequence, and a diverged run enters the
+model as the worst run that ended well.
 """
 
 from __future__ import annotations

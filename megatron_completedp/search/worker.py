@@ -86,12 +86,15 @@ class Search:
         sampler = _sampler(settings, objective.space)
         sampler(0)  # what is wrong with it is said before anything is begun
         identity = self.identity()
+        # The trust region runs the start by itself, several times; the others do not know it.
+        start = dict.fromkeys(objective.space.names, 0.0)
+        first = None if settings.sampler == "trust_region" else start
 
         self.out.mkdir(parents=True, exist_ok=True)
 
         def enter() -> Queue:
             storage = connect(database_url(settings, self.out), settings.database, self.out)
-            study = open_study(storage, settings.name, self.out, identity=identity)
+            study = open_study(storage, settings.name, self.out, identity=identity, first=first)
             return Queue(
                 study=study,
                 storage=storage,
@@ -155,7 +158,7 @@ def run(search: Search) -> None:
         devices=devices,
         patience=workers * (settings.retries + 1),
     )
-    crew.run(Progress(queue).look)
+    crew.run(Progress(queue, settings.database).look)
 
 
 def work(search: Search) -> None:

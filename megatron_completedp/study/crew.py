@@ -67,7 +67,7 @@ class Crew:
     ranks: int
     """Of one worker's run; that many threads and CUDA devices are a worker's own."""
     devices: Sequence[str] = ()
-    """CUDA devices to share out, as CUDA_VISIBLE_DEVICES names them."""
+    """CUDA devices to share out, as CUDA_VISIBLE_DEVICES names them; without any, cores are."""
     patience: int = 0
     """Workers that may be killed, and are replaced, between two signs of progress."""
 
@@ -95,12 +95,23 @@ class Crew:
     def _start(self, number: int, stop: Stop, errors: Any) -> Any:
         process = _SPAWN.Process(
             target=_be_worker,
-            args=(self.work, self.logs, number, stop, errors),
+            args=(self.work, self.logs, number, self._cores(number), stop, errors),
             name=f"worker-{number}",
         )
         with environment(ranks=self.ranks, number=number, devices=self.devices):
             process.start()
         return process
+
+    def _cores(self, number: int) -> set[int]:
+        """The cores that worker `number` is pinned to: its share of those that this process has.
+
+        All of them for runs on GPUs, and where there are fewer than the crew has ranks.
+        """
+        cores = sorted(os.sched_getaffinity(0))
+        share = len(cores) // self.workers
+        if self.devices or share < self.ranks:
+            return set(cores)
+        return set(cores[number * share : (number + 1) * share])
 
     def _wait(
         self, processes: list[Any], stop: Stop, errors: Any, watch: Callable[[], bool]
@@ -133,8 +144,11 @@ def _dead(processes: Sequence[Any]) -> list[str]:
     return [f"{p.name} (exit code {p.exitcode})" for p in processes if p.exitcode]
 
 
-def _be_worker(work: Work, logs: Path, number: int, stop: Stop, errors: Any) -> None:
+def _be_worker(
+    work: Work, logs: Path, number: int, cores: set[int], stop: Stop, errors: Any
+) -> None:
     """The life of one worker process."""
+    os.sched_setaffinity(0, cores)
     log = (logs / f"{os.uname().nodename}-{number}.log").open("a", encoding="utf-8")
     os.dup2(log.fileno(), sys.stdout.fileno())
     os.dup2(log.fileno(), sys.stderr.fileno())

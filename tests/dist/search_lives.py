@@ -65,7 +65,8 @@ def train_point(config_file: Path, *, ranks: int) -> dict[str, Any] | None:
             first = objective.kept_steps(config) + 1
             for step in range(first, STEPS + 1):
                 time.sleep(STEP_S)
-                metrics.write(json.dumps({"kind": "train", "step": step, "loss": 3.0}) + "\n")
+                row = {"kind": "train", "step": step, "loss": loss(config)}
+                metrics.write(json.dumps(row) + "\n")
                 metrics.flush()
                 if signals.requested() and step < STEPS:
                     (folder / CHECKPOINTS / f"step_{step:08d}").mkdir(parents=True)

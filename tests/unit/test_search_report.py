@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -20,8 +21,8 @@ from megatron_completedp.search.held_points import HeldPoints
 from megatron_completedp.search.history import Estimate, History
 from megatron_completedp.search.importance import importance
 from megatron_completedp.search.incumbent import incumbent
-from megatron_completedp.search.report import report
-from megatron_completedp.search.report_figures import Cell, cell, profiles
+from megatron_completedp.search.report import _changes_table, report
+from megatron_completedp.search.report_figures import Cell, cell, profiles, short
 from megatron_completedp.search.surrogate import synthetic
 from megatron_completedp.search.trials_file import FILE, read_export
 from megatron_completedp.search.worker import Search
@@ -128,6 +129,20 @@ def test_an_estimate_of_one_chosen_run_has_no_interval(tmp_path: Path) -> None:
     assert "start was not run" in result.findings[0].note
 
 
+def test_a_dimension_on_its_bound_is_named_first(trust: tuple[Search, optuna.Study]) -> None:
+    of, study = trust
+    found = history(of, study)
+    point = dict(found.held[-1].point)
+    assert found.space.on_bounds(point) == []
+    last = found.space.dimensions[-1]
+    # As read back from trials.jsonl, which rounds.
+    point[last.name] = round(last.high, 6)
+    assert found.space.on_bounds(point) == [last.name]
+    row = _changes_table(point, found.space, None).rows[0]
+    assert row[0] == short(last.name)
+    assert row[3] == "0.25 to 4, on it"
+
+
 def test_intervals_widen_with_few_degrees_of_freedom() -> None:
     few = Estimate(3.0, 4, biased=False, noise=0.01, freedom=2)
     many = Estimate(3.0, 4, biased=False, noise=0.01, freedom=1000)
@@ -145,6 +160,7 @@ def test_a_search_that_found_something_passes(trust: tuple[Search, optuna.Study]
         "multipliers",
         "cliffs",
     ]
+    assert not any("on their bounds" in text for text in result.exceptions)
     (cost,) = (table for table in result.tables if table.title == "Cost")
     assert cost.rows[-1][:3] == ("in all", str(TRIALS + 1), f"{TRIALS * 2.8e11:.3g}")
 
@@ -191,7 +207,7 @@ def test_the_files_of_every_level_are_drawn(tmp_path: Path) -> None:
 def test_importance_finds_what_matters(tmp_path: Path) -> None:
     of = search(tmp_path, level="global", sampler="qmc")
     found = history(of, finished_study(of, 120))
-    weights = importance(found, cliff=1.0, ceiling=math.log(1024))
+    weights = importance(found, ceiling=math.log(1024))
     assert weights is not None
     first, *others = found.space.names
     steep = {name for index, name in enumerate(others, 1) if index % 10 == 0}
@@ -204,7 +220,7 @@ def test_importance_finds_what_matters(tmp_path: Path) -> None:
 def test_importance_on_noise_is_not_above_chance(tmp_path: Path) -> None:
     """Negative control: where nothing matters, left-out trials are not predicted."""
     of = search(tmp_path, level="global", sampler="qmc")
-    weights = importance(history(of, finished_study(of, 60, still=True)), cliff=1.0, ceiling=7.0)
+    weights = importance(history(of, finished_study(of, 60, still=True)), ceiling=7.0)
     assert weights is not None
     assert weights.predicted < 0.1
     # The mean of ten maxima; the eleventh is within twice of it.
@@ -213,7 +229,20 @@ def test_importance_on_noise_is_not_above_chance(tmp_path: Path) -> None:
 
 def test_too_few_trials_have_no_importance(tmp_path: Path) -> None:
     of = search(tmp_path, level="global")
-    assert importance(history(of, finished_study(of, 5)), cliff=1.0, ceiling=7.0) is None
+    assert importance(history(of, finished_study(of, 5)), ceiling=7.0) is None
+
+
+def files(*searches: Search) -> dict[str, tuple[str, ...]]:
+    """One study for each of the samplers."""
+    return {of.settings.sampler: (str(of.out / FILE),) for of in searches}
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory: pytest.TempPathFactory) -> Search:
+    """A finished search by random draws, to be compared with `trust`."""
+    of = search(tmp_path_factory.mktemp("random"), sampler="random")
+    finished_study(of, TRIALS)
+    return of
 
 
 def test_studies_of_different_spaces_are_not_compared(
@@ -232,13 +261,12 @@ def test_studies_of_different_spaces_are_not_compared(
 
 
 def test_a_study_is_compared_by_what_it_held_at_each_budget(
-    trust: tuple[Search, optuna.Study], tmp_path: Path
+    trust: tuple[Search, optuna.Study], drawn: Search, tmp_path: Path
 ) -> None:
     of, study = trust
-    paths = (str(of.out / FILE),)
     settings = CompareSettings(
         run=str(RUN),
-        studies={"trust_region": paths, "random": paths},
+        studies=files(of, drawn),
         samplers=("trust_region", "random"),
         budgets=(1, TRIALS),
         seeds=(1, 2),
@@ -247,14 +275,18 @@ def test_a_study_is_compared_by_what_it_held_at_each_budget(
     held = HeldPoints(settings, tmp_path)
     best = history(of, study).held[-1].point
     rounded = {name: round(value, 6) for name, value in best.items()}
-    rows = []
-    for point, loss in (({}, 3.5), (rounded, 3.4)):
+    rows: list[dict[str, Any]] = []
+    for point in ({}, *held._held()):
         for seed in settings.seeds:
-            run = held.run(point, seed)
-            rows.append({"id": run.id, "diverged": False, "loss": loss + seed})
+            loss = 3.5 - 0.1 * (point == rounded) + seed
+            rows.append({"id": held.run(point, seed).id, "diverged": False, "loss": loss})
     gains = held.gains(rows)["trust_region"]
     # After one trial the start is not yet known: the base run would be used.
     np.testing.assert_allclose(gains, [[[0, 0], [0.1, 0.1]]], atol=1e-12)
+    base = held.run({}, 2).id
+    broken = [{**row, "diverged": row["diverged"] or row["id"] == base} for row in rows]
+    with pytest.raises(ConfigError, match=r"base run .* diverged with seed 2"):
+        held.gains(broken)
 
 
 @pytest.mark.parametrize(
@@ -266,21 +298,65 @@ def test_a_study_is_compared_by_what_it_held_at_each_budget(
     ],
 )
 def test_a_study_that_is_short_or_had_the_seeds_is_not_compared(
-    trust: tuple[Search, optuna.Study], tmp_path: Path, changes: dict[str, Any], message: str
+    trust: tuple[Search, optuna.Study],
+    drawn: Search,
+    tmp_path: Path,
+    changes: dict[str, Any],
+    message: str,
 ) -> None:
-    paths = (str(trust[0].out / FILE),)
-    studies = {"trust_region": paths, "random": paths}
+    studies = files(trust[0], drawn)
     fine = CompareSettings(run=str(RUN), studies=studies, heldout=("heldout",), budgets=(10,))
     HeldPoints(fine, tmp_path)
     with pytest.raises(ConfigError, match=message):
         HeldPoints(replace(fine, **changes), tmp_path)
 
 
-def test_the_surrogate_of_a_space_is_searched_in_its_radii(
-    trust: tuple[Search, optuna.Study], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seeds": 3}, "seeds was 1, is now 3"),
+        ({"samples": 1024}, "samples was 512, is now 1024"),
+        ({"proposals.prune": True}, "stopped trials early"),
+        ({}, "studies.trust_region and studies.twice are of one sampler"),
+    ],
+)
+def test_studies_that_were_given_unequal_amounts_are_not_compared(
+    trust: tuple[Search, optuna.Study], tmp_path: Path, change: dict[str, Any], message: str
 ) -> None:
-    paths = (str(trust[0].out / FILE),)
-    studies = {"trust_region": paths, "random": paths}
+    of, _ = trust
+    lines = (of.out / FILE).read_text(encoding="utf-8").splitlines()
+    header = json.loads(lines[0])
+    for path, value in change.items():
+        *sections, name = path.split(".")
+        tree = header["identity"]
+        for section in sections:
+            tree = tree[section]
+        tree[name] = value
+    other = tmp_path / FILE
+    other.write_text("\n".join([json.dumps(header), *lines[1:]]) + "\n", encoding="utf-8")
+    first = str(of.out / FILE)
+    settings = CompareSettings(
+        run=str(RUN),
+        studies={"trust_region": (first,), "twice": (str(other),)},
+        heldout=("heldout",),
+        budgets=(10,),
+        samplers=("trust_region", "random"),
+    )
+    with pytest.raises(ConfigError, match=message):
+        HeldPoints(settings, tmp_path)
+    as_repeats = replace(settings, studies={"trust_region": (first, str(other)), "b": (first,)})
+    if not change:
+        with pytest.raises(ConfigError, match="two studies of one seed"):
+            HeldPoints(as_repeats, tmp_path)
+
+
+def test_the_surrogate_of_a_space_is_searched_in_its_radii(
+    trust: tuple[Search, optuna.Study],
+    drawn: Search,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    studies = files(trust[0], drawn)
     settings = CompareSettings(run=str(RUN), studies=studies, heldout=("heldout",), budgets=(10,))
     given: dict[str, Any] = {}
     monkeypatch.setattr(HeldPoints, "surrogate", lambda self: synthetic(2))

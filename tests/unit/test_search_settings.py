@@ -85,6 +85,19 @@ def test_a_base_run_without_a_validation_split_is_refused(tmp_path: Path) -> Non
         main(["run", "--config", str(config), "--out", str(tmp_path / "out")])
 
 
+def test_a_dry_run_shows_the_bounds_and_begins_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    config = Path(__file__).parents[2] / "examples/search/types.yaml"
+    assert main(["run", "--config", str(config), "--out", str(out), "--dry-run"]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    # e^-1.5, e^1.5 and the rules' radius of half a nat.
+    assert ["types.q.lr_mult", "0.223", "4.48", "1.65"] in lines
+    assert lines[-1][:3] == ["types:", "76", "dimensions,"]
+    assert not out.exists()
+
+
 @pytest.mark.parametrize("command", ["status", "recipe"])
 def test_a_search_that_was_not_started_has_nothing_to_show(tmp_path: Path, command: str) -> None:
     with pytest.raises(ConfigError, match="start the search"):

@@ -18,7 +18,8 @@ from megatron_completedp.core.multipliers import LEVELS, DepthProfiles, Level
 from megatron_completedp.core.roles import Module
 from megatron_completedp.errors import ConfigError, HyperparamError
 from megatron_completedp.plan.run_plan import Plan
-from megatron_completedp.search.space import KINDS, Space
+from megatron_completedp.search.dimensions import KINDS
+from megatron_completedp.search.space import Space
 
 
 def proxy(**changes: Any) -> RunConfig:

@@ -34,13 +34,25 @@ TRUE = Surrogate(
 )
 
 
+#: Effects of the seeds of first runs, second runs and so on, in units of `seed_noise`.
+SEEDS = (0.0, 1.5, -1.5)
+
+
 def rows(count: int, repeats: int = 1) -> list[Row]:
     generator = np.random.default_rng(0)
     found = []
     for _ in range(count):
         point = {name: float(generator.uniform(-2, 2)) for name in TRUE.valleys}
         diverged = TRUE.diverges(point)
-        found += [Row(point, TRUE.observe(point, generator), diverged) for _ in range(repeats)]
+        found += [
+            Row(
+                point,
+                TRUE.observe(point, generator, seed=SEEDS[replicate]),
+                diverged,
+                replicate=replicate,
+            )
+            for replicate in range(repeats)
+        ]
     return found
 
 
@@ -63,14 +75,43 @@ def test_repeated_points_give_the_noise_by_themselves() -> None:
     assert fit(rows(150, 2), TRUE.space, ceiling=10.0).noise == pytest.approx(0.01, rel=0.21)
 
 
+def test_what_a_seed_does_to_all_points_is_told_from_the_rest() -> None:
+    """Effects of 0, 0.03 and -0.03: a standard deviation of 0.03 beside the noise's 0.01."""
+    true = replace(TRUE, seed_noise=0.02)
+    generator = np.random.default_rng(0)
+    seen = [
+        Row(
+            point := {name: float(x) for name, x in zip(TRUE.valleys, draw, strict=True)},
+            true.observe(point, generator, seed=effect),
+            replicate=replicate,
+        )
+        for draw in generator.uniform(-1, 1, size=(60, 3))
+        for replicate, effect in enumerate(SEEDS)
+    ]
+    fitted = fit(seen, TRUE.space, ceiling=10.0)
+    assert fitted.noise == pytest.approx(0.01, rel=0.2)
+    assert fitted.seed_noise == pytest.approx(0.03, rel=0.1)
+
+
+def test_a_point_at_the_ceiling_has_diverged() -> None:
+    """Without a cliff too: training ends such a run as diverged."""
+    steep = Surrogate(
+        level=3.0, noise=0.0, ceiling=4.0, valleys={"a": Valley(-2, 2, slope=0.0, curvature=1.0)}
+    )
+    assert steep.diverges({"a": 1.0})
+    assert not steep.diverges({"a": 0.9})
+
+
 def test_a_run_that_a_point_was_kept_for_is_no_sample_of_the_noise() -> None:
     fresh = rows(20, 3)
     low = [Row(row.point, row.loss - 0.1, row.diverged, chosen=True) for row in fresh[::3]]
-    noise = fit(fresh, TRUE.space, ceiling=10.0).noise
-    assert fit([*fresh, *low], TRUE.space, ceiling=10.0).noise == pytest.approx(noise)
-    # Negative control: as any other run, it would count.
+    before, after = (fit(seen, TRUE.space, ceiling=10.0) for seen in (fresh, [*fresh, *low]))
+    assert after.noise == pytest.approx(before.noise)
+    assert after.seed_noise == pytest.approx(before.seed_noise)
+    # Negative control: as any other run of its seed, it would count.
     plain = [replace(row, chosen=False) for row in low]
-    assert fit([*fresh, *plain], TRUE.space, ceiling=10.0).noise > 2 * noise
+    wrong = fit([*fresh, *plain], TRUE.space, ceiling=10.0)
+    assert wrong.seed_noise > 2 * max(before.seed_noise, before.noise)
 
 
 def test_a_divergence_among_good_runs_makes_no_cliff() -> None:

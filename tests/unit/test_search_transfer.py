@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 from dataclasses import replace
@@ -277,6 +278,18 @@ def test_samplers_are_compared_on_a_surrogate(tmp_path: Path) -> None:
     assert [row[0] for row in table.rows] == ["trust_region", "random"]
     # Random points of 79 dimensions fall off a cliff: what is held is the base run itself.
     assert table.rows[1][-2] == "+0.0000"
+    difference, lower = found.findings
+    assert not difference.held
+    assert lower.held
+    assert lower.value <= difference.value
+    rows = (tmp_path / "surrogate.jsonl").read_text(encoding="utf-8").splitlines()[1:]
+    assert [len(json.loads(row)["gains"]) for row in rows] == [20] * 6
+    # Kept repeats are not simulated again, and more are joined to them.
+    again = compare(replace(settings, repeats=4), tmp_path, command="search compare")
+    after = (tmp_path / "surrogate.jsonl").read_text(encoding="utf-8").splitlines()[1:]
+    assert after[:6] == rows
+    assert len(after) == 8
+    assert again.findings[1].note.endswith("over 4 repeats or seeds")
 
 
 @pytest.mark.parametrize(
