@@ -8,12 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 from transfer_samples import base_run, ladder, parabola, rows_of
 
 from megatron_completedp.check.calibrate import Exponent, fitted_exponent, write_exponent
 from megatron_completedp.check.drift import LadderResult, analyse, excess
 from megatron_completedp.check.ladder import Ladder
-from megatron_completedp.check.transfer import compare, judge
+from megatron_completedp.check.transfer import _row, compare, judge
+from megatron_completedp.check.transfer_figures import draw_sweeps
 from megatron_completedp.config.load import load_config, to_yaml
 from megatron_completedp.errors import CompletedPError
 from megatron_completedp.study.fit import Interval
@@ -198,3 +200,27 @@ def test_an_exponent_that_the_rules_refuse_leaves_the_config(tmp_path: Path, val
     with pytest.raises(CompletedPError, match="left as it is"):
         write_exponent(file, Exponent(value, *[Interval(math.nan, math.nan)] * 2))
     assert file.read_text(encoding="utf-8") == text
+
+
+def test_a_figure_marks_what_diverged_and_averages_it_nowhere() -> None:
+    """One seed of two diverges at +1: a cross at the top there, and no point of the curve."""
+
+    def losses(point: Point) -> float:
+        labels = point.labels
+        x, size = labels["log2_multiple"], labels["size"]
+        gone = size == 64 and x >= 1 and labels["seed"] == 2
+        return math.inf if gone else 3.0 + 0.1 * x * x
+
+    study = ladder(log2_multiples=(-1, 0, 1), window=0.3, max_added=0)
+    found = analyse(study, "completedp", rows_of(study, losses))
+    figure = Figure()
+    draw_sweeps(figure, [found], study.settings)
+    (axes,) = figure.axes
+    lines = {line.get_label(): line for line in axes.get_lines() if line.get_label() != "_best"}
+    assert list(lines["64"].get_xdata()) == [-1, 0]
+    assert list(lines["32"].get_xdata()) == [-1, 0, 1]
+    crosses = [line for line in axes.get_lines() if line.get_label() == "_diverged"]
+    assert [list(line.get_xdata()) for line in crosses] == [[], [1]]
+    assert crosses[1].get_marker() == "x"
+    assert _row(found.sizes[1])[-1] == "+1"
+    assert _row(found.sizes[0])[-1] == "none"
