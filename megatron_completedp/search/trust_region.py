@@ -15,7 +15,6 @@ import logging
 import math
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
 
@@ -25,6 +24,7 @@ from optuna.distributions import BaseDistribution, FloatDistribution
 from optuna.trial import FrozenTrial
 
 from megatron_completedp.errors import ConfigError
+from megatron_completedp.search.axes import Axis, axes_of, vector
 from megatron_completedp.search.linear_model import Floats, descent
 from megatron_completedp.search.trust_state import START, Rules, State, fold
 from megatron_completedp.search.trust_trials import REPLICATE, TAG, Reader, Trials
@@ -43,38 +43,6 @@ FIXED = "fixed_params"
 _RULES = {
     item.name: item for item in dataclasses.fields(Rules) if item.name not in ("floor", "ceiling")
 }
-
-
-@dataclass(frozen=True)
-class Axis:
-    """One float parameter as the search moves it: its logarithm under `log=True`, else itself."""
-
-    distribution: FloatDistribution
-    start: float
-    radius: float
-
-    @property
-    def low(self) -> float:
-        """Lower bound on the axis."""
-        return self.coordinate(self.distribution.low)
-
-    @property
-    def high(self) -> float:
-        """Upper bound on the axis."""
-        return self.coordinate(self.distribution.high)
-
-    def coordinate(self, value: float) -> float:
-        """Where `value` is on the axis."""
-        return math.log(value) if self.distribution.log else value
-
-    def value(self, coordinate: float) -> float:
-        """The parameter's value at `coordinate`, within the bounds and on the step, if any."""
-        of = self.distribution
-        value = math.exp(coordinate) if of.log else coordinate
-        if of.step is not None:
-            value = of.low + round((value - of.low) / of.step) * of.step
-        # exp(log(x)) is not always x.
-        return min(max(value, of.low), of.high)
 
 
 class TrustRegionSampler(optuna.samplers.BaseSampler):
@@ -258,7 +226,7 @@ class TrustRegionSampler(optuna.samplers.BaseSampler):
         child = {}
         for (name, axis), step in zip(axes.items(), steps.tolist(), strict=True):
             values = [axis.coordinate(point[name]) for point in points]
-            moved = sum(values) / len(values) + self._reach(axis, tag["scale"]) * step
+            moved = sum(values) / len(values) + axis.reach(tag["scale"]) * step
             child[name] = axis.value(moved)
         return child
 
@@ -277,7 +245,7 @@ class TrustRegionSampler(optuna.samplers.BaseSampler):
         children = (START - tag["point"]) * self._rules.round_size
         parts = self._descent(axes, trials, start, children, scale, LOCAL * length) * length
         return {
-            name: axis.value(axis.coordinate(start[name]) + self._reach(axis, scale) * part)
+            name: axis.value(axis.coordinate(start[name]) + axis.reach(scale) * part)
             for (name, axis), part in zip(axes.items(), parts.clip(-1, 1).tolist(), strict=True)
         }
 
@@ -296,14 +264,14 @@ class TrustRegionSampler(optuna.samplers.BaseSampler):
         cliff, that something else proposed, or that lack one of `axes`.
         """
         children = [run for run in trials.runs if run.point == run.slot]
-        reach = np.array([self._reach(axis, scale) for axis in axes.values()])
-        here = self._vector(axes, start)
+        reach = np.array([axis.reach(scale) for axis in axes.values()])
+        here = vector(axes, start)
         drawn = []
         for run in sorted(children, key=attrgetter("slot"))[:count]:
             params = trials.by_slot[run.slot].params
             if run.loss is None or run.centre is None or not axes.keys() <= params.keys():
                 continue
-            point = (self._vector(axes, params) - here) / reach
+            point = (vector(axes, params) - here) / reach
             if math.isfinite(run.loss) and np.linalg.norm(point) <= near:
                 drawn.append((run.loss, (run.centre, run.scale), point))
         lowest = min((loss for loss, *_ in drawn), default=math.inf)
@@ -317,22 +285,9 @@ class TrustRegionSampler(optuna.samplers.BaseSampler):
             np.array([regions.index(region) for _, region, _ in drawn]),
         )
 
-    def _vector(self, axes: Mapping[str, Axis], params: Mapping[str, float]) -> Floats:
-        """Coordinates of `params`."""
-        return np.array([axis.coordinate(params[name]) for name, axis in axes.items()])
-
-    def _reach(self, axis: Axis, scale: float) -> float:
-        """The region's radius along `axis`."""
-        # A coordinate with a small start radius is not widened to the floor.
-        return max(scale * axis.radius, min(self._floor, axis.radius))
-
     def axes(self, space: Mapping[str, BaseDistribution]) -> dict[str, Axis]:
         """The float parameters of `space` that can vary, as they are searched."""
-        return {
-            name: self._axis(name, distribution)
-            for name, distribution in space.items()
-            if isinstance(distribution, FloatDistribution) and not distribution.single()
-        }
+        return axes_of(space, start=self._start, radius=self._radius, floor=self._floor)
 
     def _searched(self, space: Mapping[str, BaseDistribution]) -> dict[str, Axis]:
         return self.axes(space) if self._axes is None else self._axes
@@ -340,19 +295,6 @@ class TrustRegionSampler(optuna.samplers.BaseSampler):
     def _floats(self, study: optuna.Study) -> Mapping[str, BaseDistribution]:
         """The parameters that are known to be there."""
         return self._common.calculate(study) if self._space is None else self._space
-
-    def _axis(self, name: str, of: FloatDistribution) -> Axis:
-        radius = self._radius.get(name) if isinstance(self._radius, Mapping) else self._radius
-        if radius is None or not 0 < radius < math.inf:
-            raise ConfigError(f"trust region: radius of {name} is {radius!r}, must be above 0")
-        start = self._start.get(name)
-        if start is None:
-            middle = math.sqrt(of.low * of.high) if of.log else (of.low + of.high) / 2
-            start = 0.0 if not of.log and of.low <= 0 <= of.high else middle
-        if not of.low <= start <= of.high:
-            bounds = f"[{of.low:g}, {of.high:g}]"
-            raise ConfigError(f"trust region: start of {name} is {start!r}, outside {bounds}")
-        return Axis(of, math.log(start) if of.log else start, radius)
 
     def _limits(self, axes: Mapping[str, Axis]) -> Rules:
         """The rules with the scale's limits, which depend on the space."""
