@@ -11,7 +11,7 @@ from statistics import fmean
 from megatron_completedp.check import expected
 from megatron_completedp.check.figures import change_figure
 from megatron_completedp.check.measure import Bench, Key, Ladder, diverged, slopes
-from megatron_completedp.check.settings import command_line
+from megatron_completedp.check.settings import check_different, command_line
 from megatron_completedp.check.sizes import base_run
 from megatron_completedp.core.tables import Parametrization
 from megatron_completedp.study.report import Finding, Report, Table
@@ -50,6 +50,9 @@ class CoordinateSettings:
     """Depth exponents that the ladder of depths is measured at; other ladders take the run's."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds of weights and data, over which slopes are averaged."""
+
+    def __post_init__(self) -> None:
+        check_different("alphas", self.alphas)
 
 
 def run(settings: CoordinateSettings, out: Path) -> Report:

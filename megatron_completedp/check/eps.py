@@ -14,7 +14,7 @@ from megatron_completedp.check import expected
 from megatron_completedp.check.coordinate import describe, divergence, finding, places
 from megatron_completedp.check.figures import ladder_figure
 from megatron_completedp.check.measure import Bench, Key, Ladder, slopes
-from megatron_completedp.check.settings import command_line
+from megatron_completedp.check.settings import check_different, command_line
 from megatron_completedp.check.sizes import base_run
 from megatron_completedp.config.run import RunConfig
 from megatron_completedp.core.roles import GAIN_ROLES, MODULE_ROLES, Module
@@ -51,6 +51,9 @@ class EpsSettings:
     """Depth exponents that the ladder of depths is measured at; other ladders take the run's."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds of weights and data, over which slopes are averaged."""
+
+    def __post_init__(self) -> None:
+        check_different("alphas", self.alphas)
 
 
 def run(settings: EpsSettings, out: Path) -> Report:

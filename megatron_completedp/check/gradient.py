@@ -10,7 +10,7 @@ from megatron_completedp.check import expected
 from megatron_completedp.check.coordinate import describe, divergence, finding, places
 from megatron_completedp.check.figures import ladder_figure
 from megatron_completedp.check.measure import Bench, Key, Ladder, slopes
-from megatron_completedp.check.settings import command_line
+from megatron_completedp.check.settings import check_different, command_line
 from megatron_completedp.check.sizes import base_run
 from megatron_completedp.core.tables import Parametrization
 from megatron_completedp.study.report import Finding, Report
@@ -41,6 +41,9 @@ class GradientSettings:
     """Depth exponents that the ladder of depths is measured at; other ladders take the run's."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds of weights and data, over which slopes are averaged."""
+
+    def __post_init__(self) -> None:
+        check_different("alphas", self.alphas)
 
 
 def run(settings: GradientSettings, out: Path) -> Report:

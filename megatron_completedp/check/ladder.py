@@ -13,7 +13,6 @@ from megatron_completedp.check.transfer_settings import TransferSettings
 from megatron_completedp.config.load import identity
 from megatron_completedp.config.run import RunConfig
 from megatron_completedp.core.tables import Parametrization
-from megatron_completedp.data.manifest import text_hashes
 from megatron_completedp.errors import ConfigError
 from megatron_completedp.plan.run_plan import Plan
 from megatron_completedp.study.fit import mean_curve
@@ -22,6 +21,10 @@ from megatron_completedp.study.sizes import Axis, moved
 from megatron_completedp.study.tasks import Point
 
 Row = Mapping[str, Any]
+
+#: Nats above the lowest loss from which a neighbour is beyond what a parabola can say. No setting:
+#: reading kept rows by another window must not want other runs.
+CLIFF = 0.1
 
 #: A sweep is not refined below this distance from a far higher loss, in octaves.
 FINEST_STEP = 0.125
@@ -67,8 +70,6 @@ class Ladder:
             # A run's name has the hash of its numbers, so that a fitted exponent may be written
             # into the base without its rows being refused.
             "run": identity(self.base, "seed", "parametrization", "duration_exponent"),
-            # Paths say where the text lies, not which one it is.
-            "text": text_hashes((*self.base.data.train, *self.base.data.valid)),
         }
 
     @cached_property
@@ -155,9 +156,10 @@ class Ladder:
     ) -> list[float]:
         """The multiples that this study wants at `size`, ascending, given the rows so far.
 
-        While the lowest mean loss has no neighbour within the window on either side, the sweep
-        grows by one value at a time (`next_multiple`), at most max_added. A function of the rows
-        alone, so that a study taken up again, or shared by several commands, wants the same runs.
+        While the lowest mean loss lacks a neighbour on either side, or has one beyond a cliff, the
+        sweep grows by one value at a time (`next_multiple`), at most max_added. A function of the
+        rows alone, so that a study taken up again, or shared by several commands, wants the same
+        runs.
         """
         losses = {row["id"]: row_loss(row) for row in rows}
         multiples = sorted(self.settings.log2_multiples)
@@ -166,7 +168,7 @@ class Ladder:
             if any(point.id not in losses for point in points):
                 break
             curve = mean_curve(_by_seed(points, losses))
-            added = next_multiple(curve, self.settings.window)
+            added = next_multiple(curve)
             if added is None:
                 break
             multiples = sorted([*multiples, added])
@@ -205,11 +207,11 @@ def row_loss(row: Row) -> float:
     return math.inf if row["diverged"] else float(row["loss"])
 
 
-def next_multiple(curve: Mapping[float, float], window: float) -> float | None:
+def next_multiple(curve: Mapping[float, float]) -> float | None:
     """The value to add to a sweep for a parabola near its optimum; None if nothing is missing.
 
     Beyond the edge where the lowest loss lies, at the distance of the last two values. Between the
-    lowest and a neighbour that diverged or lies more than `window` nats higher, halfway, until they
+    lowest and a neighbour that diverged or lies more than CLIFF nats higher, halfway, until they
     are as close as FINEST_STEP: a parabola has nothing to say about a cliff. Where everything
     diverged, below the smallest.
     """
@@ -220,7 +222,7 @@ def next_multiple(curve: Mapping[float, float], window: float) -> float | None:
     if lowest == len(xs) - 1:
         return 2 * xs[-1] - xs[-2]
     for neighbour in (xs[lowest - 1], xs[lowest + 1]):
-        far = curve[neighbour] > curve[xs[lowest]] + window
+        far = curve[neighbour] > curve[xs[lowest]] + CLIFF
         if far and abs(neighbour - xs[lowest]) > FINEST_STEP:
             return (neighbour + xs[lowest]) / 2
     return None

@@ -101,10 +101,10 @@ class Bench:
                 "optimizer": self._optimizer,
                 # A row names its seed and its alpha itself.
                 "run": identity(self.base, "seed", "depth_alpha"),
-                "text": text_hashes(self.base.data.train),
                 "held_out": divided(self.base, self._processes).training.micro_batch_size,
             }
-            self._results = Results(self._out / "results.jsonl", meaning)
+            text = text_hashes(self.base.data.train)
+            self._results = Results(self._out / "results.jsonl", meaning, text=text)
             known = self._results.rows()
         shared = [known]
         dist.broadcast_object_list(shared)  # every rank must skip the same engines

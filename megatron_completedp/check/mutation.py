@@ -6,7 +6,6 @@ see at this size are named, with the reason.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -25,6 +24,7 @@ from megatron_completedp.core.roles import BIAS_ROLES, Role
 from megatron_completedp.core.tables import Rules, build_table
 from megatron_completedp.core.tables import Table as Rulebook
 from megatron_completedp.errors import ConfigError
+from megatron_completedp.study.code import sources_hash
 from megatron_completedp.study.report import Finding, Report, Table
 from megatron_completedp.study.results import Results
 from megatron_completedp.study.sizes import Axis
@@ -89,7 +89,7 @@ def run(settings: MutationSettings, out: Path) -> Report:
     """
     _check_names("rows", settings.rows, (*(role.value for role in _ROLES), GLOBAL))
     _check_names("symbols", settings.symbols, AXES)
-    meaning = {"ratios": RATIOS, "steps": STEPS, "seeds": settings.seeds, "code": _code_digest()}
+    meaning = {"ratios": RATIOS, "steps": STEPS, "seeds": settings.seeds, "code": sources_hash()}
     results = Results(out / "results.jsonl", meaning)
     caught: dict[str, dict[str, list[str]]] = {row["cell"]: row["by"] for row in results.rows()}
     chosen = [
@@ -172,16 +172,6 @@ def _check_names(setting: str, names: Sequence[str], known: Collection[str]) -> 
     for name in names:
         if name not in known:
             raise ConfigError(f"{setting} has {name!r}; expected some of {', '.join(known)}.")
-
-
-def _code_digest() -> str:
-    """Of the sources that a verdict rests on: one of others is no verdict on these."""
-    digest = hashlib.sha256()
-    package = Path(__file__).parents[1]
-    for folder in ("core", "mcore", "optim", "study", "check"):
-        for path in sorted((package / folder).glob("*.py")):
-            digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]
 
 
 def cells(table: Rulebook) -> Iterator[Cell]:

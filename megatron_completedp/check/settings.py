@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
 
+from megatron_completedp.errors import ConfigError
 from megatron_completedp.study import settings
 
 T = TypeVar("T")
@@ -28,6 +29,12 @@ def load_settings(
         extra=settings.OutFlag,
     )
     return found, out or Path(f"runs/checks/{name}")
+
+
+def check_different(name: str, values: Sequence[float]) -> None:
+    """Raise ConfigError for a value that is there twice: both would have one figure's name."""
+    if len({f"{value:g}" for value in values}) < len(values):
+        raise ConfigError(f"{name} is {list(values)}; leave out what is there twice.")
 
 
 def command_line() -> str:

@@ -21,13 +21,11 @@ from megatron_completedp.check.transfer_base import small_base
 from megatron_completedp.check.transfer_figures import draw_loss_by_size, draw_sweeps
 from megatron_completedp.check.transfer_settings import SWEPT_NAMES, TransferSettings
 from megatron_completedp.config.load import load_config
+from megatron_completedp.data.manifest import text_hashes
 from megatron_completedp.errors import ConfigError
 from megatron_completedp.study.report import FigureSpec, Finding, Report, Table
 from megatron_completedp.study.results import Results
 from megatron_completedp.study.tasks import train_points
-
-#: Column of the values at which a seed diverged.
-DIVERGED = "diverged at"
 
 
 def run(settings: TransferSettings, out: Path) -> Report:
@@ -43,7 +41,8 @@ def run(settings: TransferSettings, out: Path) -> Report:
         )
     base = load_config(settings.run) if settings.run else small_base(out / "runs" / "data")
     ladder = Ladder(settings, base, out / "runs")
-    results = Results(out / "results.jsonl", ladder.identity)
+    text = text_hashes((*base.data.train, *base.data.valid))
+    results = Results(out / "results.jsonl", ladder.identity, text=text)
     train_missing(ladder, results)
     rows = results.rows()
     found = [analyse(ladder, name, rows) for name in settings.parametrizations]

@@ -31,7 +31,7 @@ class TransferSettings:
     log2_multiples: tuple[float, ...] = (-2.0, -1.0, 0.0, 1.0, 2.0)
     """The sweep to begin with, as log2 of multiples of the base run's value."""
     max_added: int = 4
-    """Values added, at most, to a sweep whose lowest loss has no higher one on either side."""
+    """Values added, at most, to a sweep whose lowest loss is at its edge or beside a cliff."""
     seeds: tuple[int, ...] = (1, 2)
     """Each value is trained with each of these seeds (initial weights and order of the data)."""
     parametrizations: tuple[Parametrization, ...] = ("completedp", "sp")

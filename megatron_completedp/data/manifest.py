@@ -113,8 +113,12 @@ def load_manifest(prefix: Path) -> ShardManifest:
 
 
 def text_hashes(prefixes: Iterable[str]) -> dict[str, str]:
-    """SHA-256 of the token files by prefix, as their manifests have it, which must exist."""
-    return {prefix: load_manifest(Path(prefix)).files["bin"].sha256 for prefix in prefixes}
+    """SHA-256 of the token files by prefix, as their manifests have it; without one left out."""
+    return {
+        prefix: load_manifest(Path(prefix)).files["bin"].sha256
+        for prefix in prefixes
+        if manifest_path(Path(prefix)).exists()
+    }
 
 
 _AGAIN = "make the pair again with tools/preprocess_redpajama.py, or copy it again"

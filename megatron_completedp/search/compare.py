@@ -59,10 +59,14 @@ def compare(
         name = rest.pop("name", label)
         return make_sampler(name, seed=seed, space=surrogate.space, radius=radius, settings=rest)
 
-    for label in samplers:
+    left = {
+        label: [repeat for repeat in range(repeats) if (label, repeat) not in leave_out]
+        for label in samplers
+    }
+    for label in filter(left.get, left):
         make(label, 0)  # what is wrong with one is said before any runs
-    for label in samplers:
-        for repeat in (each for each in range(repeats) if (label, each) not in leave_out):
+    for label, wanted in left.items():
+        for repeat in wanted:
             with _silent():
                 yield from _steps(surrogate, label, make(label, repeat), runs, repeat)
 

@@ -6,20 +6,26 @@ studies held for the best after equal budgets, trained again with fresh seeds on
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
 from itertools import groupby
 from pathlib import Path
-from statistics import fmean
-from typing import TYPE_CHECKING
+from statistics import fmean, variance
+from typing import TYPE_CHECKING, Any
 
-from megatron_completedp.search.code import code_version
+from scipy import stats
+
 from megatron_completedp.search.compare import compare
 from megatron_completedp.search.compare_settings import CompareSettings
 from megatron_completedp.search.held_points import HeldPoints
-from megatron_completedp.search.surrogate import Surrogate, surrogate_hash, synthetic
-from megatron_completedp.study.fit import Interval, bootstrap
+from megatron_completedp.search.surrogate import Surrogate, synthetic
+from megatron_completedp.study.code import sources_hash
+from megatron_completedp.study.fit import QUANTILES, Interval, bootstrap
 from megatron_completedp.study.plot import COLORS, label_lines
 from megatron_completedp.study.report import FigureSpec, Finding, Report, Table
 from megatron_completedp.study.results import Results
@@ -82,37 +88,45 @@ def simulated(
     """Nats gained over the base without noise, by sampler: a curve over runs for each repeat.
 
     `radius` is the region's at the start, as `samplers.make_sampler` takes it. Repeats are kept in
-    OUT/surrogate.jsonl and not simulated again.
+    OUT/surrogate.jsonl and not simulated again by the same code.
     """
     start = surrogate.loss(dict.fromkeys(surrogate.valleys, 0.0))
-    meaning = {"surrogate": surrogate_hash(surrogate), "radius": radius, "runs": settings.runs}
-    results = Results(out / "surrogate.jsonl", meaning)
-    done = {(row["sampler"], row["repeat"]) for row in results.rows()}
+    results = Results(out / "surrogate.jsonl", {})
+    # A row of another surrogate, length or code is left where it is, and not taken for these.
+    key = surrogate_key(surrogate, radius=radius, runs=settings.runs)
+
+    def kept() -> dict[tuple[str, int], Mapping[str, Any]]:
+        return {(row["sampler"], row["repeat"]): row for row in results.rows() if row["of"] == key}
+
     steps = compare(
         surrogate,
         settings.samplers,
         runs=settings.runs,
         repeats=settings.repeats,
         radius=radius,
-        leave_out=done,
+        leave_out=kept().keys(),
     )
     for (sampler, repeat), of in groupby(steps, key=lambda step: (step.sampler, step.repeat)):
         whole = list(of)
         # Before a point is held, the base run would be used.
         gains = [start - step.loss if math.isfinite(step.loss) else 0.0 for step in whole]
-        row = {"sampler": sampler, "repeat": repeat, "diverged": whole[-1].diverged}
-        row["code"] = code_version()
+        row = {"of": key, "sampler": sampler, "repeat": repeat, "diverged": whole[-1].diverged}
         results.append({**row, "gains": [round(gain, 6) for gain in gains]})
-    wanted = {(name, each) for name in settings.samplers for each in range(settings.repeats)}
-    kept = {
-        (row["sampler"], row["repeat"]): dict(enumerate(row["gains"], start=1))
-        for row in results.rows()
-        if (row["sampler"], row["repeat"]) in wanted
-    }
+    done = kept()
     return {
-        name: [kept[name, repeat] for repeat in range(settings.repeats)]
+        name: [
+            dict(enumerate(done[name, repeat]["gains"], start=1))
+            for repeat in range(settings.repeats)
+        ]
         for name in settings.samplers
     }
+
+
+def surrogate_key(surrogate: Surrogate, *, radius: float | Mapping[str, float], runs: int) -> str:
+    """What a simulated curve is one of: the surrogate to six digits, and the code that searches."""
+    numbers = json.dumps([asdict(surrogate), radius, runs], sort_keys=True)
+    rounded = re.sub(r"-?\d+\.\d+(e-?\d+)?", lambda found: f"{float(found[0]):.6g}", numbers)
+    return hashlib.sha256(f"{rounded} {sources_hash()}".encode()).hexdigest()[:16]
 
 
 def _by_budget(
@@ -148,15 +162,13 @@ def _findings(settings: CompareSettings, gained: Gains, kind: str) -> Iterator[F
     units = {name: [unit[last] for unit in of] for name, of in gained.items()}
     best = max((name for name in units if name != judged), key=lambda name: fmean(units[name]))
     ours, theirs = units[judged], units[best]
-    difference = fmean(ours) - fmean(theirs)
-    interval = Interval(math.nan, math.nan)
-    if len(ours) == len(theirs):
-        # Unit by unit: they share seeds, and the scatter of the base run with them.
-        interval = _mean([a - b for a, b in zip(ours, theirs, strict=True)])[1]
+    # Repeats on the surrogate share their noise, and seeds of lone studies the base run's scatter.
+    paired = kind == "surrogate" or len(settings.studies[judged]) == 1
+    interval = (_paired if paired else _welch)(ours, theirs)
     what = f"gain of {judged} minus that of {best}, {kind}, after {last} runs"
     yield Finding(
         what=what,
-        value=difference,
+        value=fmean(ours) - fmean(theirs),
         low=-math.inf,
         high=math.inf,
         note=f"nats/token; {fmean(ours):.4f} against {fmean(theirs):.4f}",
@@ -164,10 +176,35 @@ def _findings(settings: CompareSettings, gained: Gains, kind: str) -> Iterator[F
     yield Finding(
         what=f"{what}: lower end of its 95 % interval",
         value=interval.low,
-        low=0.0,
+        # A tie shows nothing.
+        low=math.nextafter(0.0, math.inf),
         high=math.inf,
-        note=f"{_bracket(interval)} over {len(ours)} repeats or seeds",
+        note=f"{_bracket(interval)} over {len(ours)} {'pairs' if paired else 'studies'}, "
+        "Student's t",
     )
+
+
+def _paired(ours: Sequence[float], theirs: Sequence[float]) -> Interval:
+    """Of the mean difference, pair by pair; NaN for one pair."""
+    differences = [a - b for a, b in zip(ours, theirs, strict=True)]
+    if len(differences) < 2:
+        return Interval(math.nan, math.nan)
+    return _student(fmean(differences), variance(differences) / len(ours), len(ours) - 1)
+
+
+def _welch(ours: Sequence[float], theirs: Sequence[float]) -> Interval:
+    """Of the difference of two means of independent studies, at least two each."""
+    parts = [variance(each) / len(each) for each in (ours, theirs)]
+    squares = sum(
+        part**2 / (len(each) - 1) for part, each in zip(parts, (ours, theirs), strict=True)
+    )
+    freedom = sum(parts) ** 2 / squares if squares else 1.0
+    return _student(fmean(ours) - fmean(theirs), sum(parts), freedom)
+
+
+def _student(mean: float, squared_error: float, freedom: float) -> Interval:
+    reach = float(stats.t.ppf(QUANTILES[1], freedom)) * math.sqrt(squared_error)
+    return Interval(mean - reach, mean + reach)
 
 
 def _bracket(found: Interval) -> str:

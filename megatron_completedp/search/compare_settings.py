@@ -57,6 +57,13 @@ class CompareSettings:
                 f"studies.{empty[0]} is empty; name the trials.jsonl of its studies, or leave it "
                 "out."
             )
+        counts = {name: len(paths) for name, paths in self.studies.items()}
+        if any(count > 1 for count in counts.values()) and min(counts.values()) < 2:
+            raise ConfigError(
+                f"studies has {', '.join(f'{count} of {name}' for name, count in counts.items())}; "
+                "one study's seeds are no match for several studies: expected one of each sampler, "
+                "or at least two of each."
+            )
         if len(set(self.seeds)) < len(self.seeds):
             raise ConfigError(f"seeds is {list(self.seeds)}; expected different seeds.")
         if self.workers < 0 or self.ranks < 1:

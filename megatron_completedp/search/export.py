@@ -16,13 +16,13 @@ from optuna.trial import TrialState
 from megatron_completedp import __version__
 from megatron_completedp.config.load import identity
 from megatron_completedp.config.recipe import Provenance, Recipe, save_recipe
-from megatron_completedp.data.manifest import load_manifest, text_hashes
+from megatron_completedp.data.manifest import load_manifest
 from megatron_completedp.errors import ConfigError
-from megatron_completedp.search.code import git_commit, sources_hash
-from megatron_completedp.search.heldout import every_seed, on_heldout
+from megatron_completedp.search.heldout import every_seed, on_heldout, text_of
 from megatron_completedp.search.incumbent import Incumbent, incumbent
 from megatron_completedp.search.objective import Objective
 from megatron_completedp.search.settings import SearchSettings
+from megatron_completedp.study.code import git_commit, sources_hash
 from megatron_completedp.study.results import Results
 from megatron_completedp.study.tasks import Point, train_points
 
@@ -68,7 +68,7 @@ def export(
         heldout_loss=statistics.fmean(losses) if losses else None,
         heldout_loss_standard_error=_standard_error(losses),
         heldout_seeds=tuple(found),
-        data=MappingProxyType(text_hashes((*config.data.train, *config.data.valid))),
+        data=MappingProxyType(text_of(config)),
         tokenizer=load_manifest(Path(config.data.train[0])).tokenizer_sha256,
         code_version=__version__,
         git_commit=git_commit(),
@@ -99,7 +99,7 @@ def heldout_losses(
         points.append(Point(name, replace(point, seed=seed, run_dir=str(folder)), {"seed": seed}))
     # A row's id has the trial and the seed.
     meaning = {"samples": base.evaluation.samples, "run": identity(base)}
-    results = Results(out / "heldout" / "results.jsonl", meaning)
+    results = Results(out / "heldout" / "results.jsonl", meaning, text=text_of(base))
     train_points(
         points,
         results,

@@ -19,7 +19,7 @@ from megatron_completedp.config.load import identity, load_config
 from megatron_completedp.errors import ConfigError
 from megatron_completedp.plan.run_plan import Plan
 from megatron_completedp.search.compare_settings import CompareSettings
-from megatron_completedp.search.heldout import check_seeds, every_seed, on_heldout
+from megatron_completedp.search.heldout import check_seeds, every_seed, on_heldout, text_of
 from megatron_completedp.search.history import History
 from megatron_completedp.search.importance import in_the_valley, predicted, rows_of
 from megatron_completedp.search.queue import begun
@@ -27,7 +27,7 @@ from megatron_completedp.search.space import Space
 from megatron_completedp.search.surrogate import Row, Surrogate, fit
 from megatron_completedp.search.trials_file import read_export
 from megatron_completedp.study.points import as_point, numbers_hash
-from megatron_completedp.study.results import Results, differences
+from megatron_completedp.study.results import Results, differences, text_differences
 from megatron_completedp.study.tasks import Point, train_points
 
 
@@ -56,6 +56,7 @@ class HeldPoints:
             found += differences(own["run"], json.loads(json.dumps(identity(base))), "run")
             for name in ("seeds", "samples"):
                 found += differences(first[name], own[name], name)
+            found += text_differences(study.user_attrs.get("text", {}), text_of(base))
             if found:
                 raise ConfigError(
                     f"the study {study.study_name!r} is no search of the same kind: "
@@ -98,6 +99,7 @@ class HeldPoints:
                 "samples": self.base.evaluation.samples,
                 "run": identity(self.base, "seed", "hyperparams", "multipliers"),
             },
+            text=text_of(self.base),
         )
         wanted: dict[str, Point] = {}
         for seed in self.settings.seeds:

@@ -10,6 +10,7 @@ import optuna
 
 from megatron_completedp.config.run import RunConfig
 from megatron_completedp.config.sections import DataConfig
+from megatron_completedp.data.manifest import text_hashes
 from megatron_completedp.errors import ConfigError
 from megatron_completedp.search.trust_trials import REPLICATE
 
@@ -28,6 +29,11 @@ def on_heldout(base: RunConfig, heldout: tuple[str, ...]) -> RunConfig:
     """`base`, evaluated on the token files `heldout`. Raises ConfigError like `check_heldout`."""
     check_heldout(base.data, heldout)
     return replace(base, data=replace(base.data, valid=heldout, valid_weights=()))
+
+
+def text_of(config: RunConfig) -> dict[str, str]:
+    """Hashes of the token files that a run trains on and is evaluated on, as far as they exist."""
+    return text_hashes((*config.data.train, *config.data.valid))
 
 
 def seeds_of(first: int, seeds: int, replicate: int) -> range:

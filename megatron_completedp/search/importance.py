@@ -92,17 +92,27 @@ def predicted(
 ) -> float:
     """Share of the variance of left-out `rows`, a fifth at a time, that a fit to the rest predicts.
 
-    Below 0 it is worse than the mean.
+    Below 0 it is worse than the mean, NaN where there is no variance. All runs of a point are left
+    out together.
     """
-    order = np.random.default_rng(0).permutation(len(rows))
+    points = [tuple(row.point.values()) for row in rows]
+    distinct = list(dict.fromkeys(points))
+    fold = dict(
+        zip(distinct, np.random.default_rng(0).permutation(len(distinct)) % FOLDS, strict=True)
+    )
+    part = np.array([fold[point] for point in points])
     losses = np.array([row.loss for row in rows])
     predictions = np.empty(len(rows))
-    for part in np.array_split(order, FOLDS):
-        kept = [rows[i] for i in sorted(set(order.tolist()) - set(part.tolist()))]
-        found = fit(kept, space, ceiling=ceiling)
-        predictions[part] = [found.loss(rows[i].point) for i in part]
+    for index in range(FOLDS):
+        found = fit(
+            [row for row, own in zip(rows, part, strict=True) if own != index],
+            space,
+            ceiling=ceiling,
+        )
+        out = np.flatnonzero(part == index)
+        predictions[out] = [found.loss(rows[int(i)].point) for i in out]
     spread = float(((losses - losses.mean()) ** 2).sum())
-    return 1 - float(((losses - predictions) ** 2).sum()) / spread
+    return 1 - float(((losses - predictions) ** 2).sum()) / spread if spread else math.nan
 
 
 def _parts(found: Surrogate, rows: Sequence[Row]) -> dict[str, float]:

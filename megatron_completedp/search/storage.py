@@ -22,10 +22,10 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlch
 from megatron_completedp.data.atomic import atomic_write
 from megatron_completedp.data.claims import claim
 from megatron_completedp.errors import CompletedPError, ConfigError
-from megatron_completedp.search.code import code_version
 from megatron_completedp.search.settings import TRIALS_FOLDER, DatabaseSettings
+from megatron_completedp.study.code import code_version
 from megatron_completedp.study.crew import Stop, StudyStopped
-from megatron_completedp.study.results import differences
+from megatron_completedp.study.results import differences, text_differences
 from megatron_completedp.study.settings import masked
 
 logger = logging.getLogger(__name__)
@@ -128,10 +128,12 @@ def open_study(
     out: Path,
     *,
     identity: Mapping[str, Any],
+    text: Mapping[str, str] | None = None,
     first: Mapping[str, float] | None = None,
 ) -> optuna.Study:
     """The study `name`, made if it does not exist; `identity` is what its values mean.
 
+    `text` has the hashes of the token files, which are compared where both know them.
     A new study has the point `first` for its first trial; without it, the sampler's. Raises
     ConfigError, with the differences, for a study of another identity, and for one whose workers
     share another output folder.
@@ -151,8 +153,9 @@ def open_study(
             if first is not None:
                 study.enqueue_trial(dict(first), skip_if_exists=True)
             study.set_user_attr("folder", _mark(out))
+            study.set_user_attr("text", dict(text or {}))
             study.set_user_attr("identity", _as_read_back(identity))
-        check_identity(study, identity)
+        check_identity(study, identity, text=text)
         if study.user_attrs["folder"] != _marked(out):
             raise ConfigError(
                 f"the study {name!r} was started with another output folder than {out}. Its "
@@ -163,10 +166,13 @@ def open_study(
     return study
 
 
-def check_identity(study: optuna.Study, identity: Mapping[str, Any]) -> None:
+def check_identity(
+    study: optuna.Study, identity: Mapping[str, Any], *, text: Mapping[str, str] | None = None
+) -> None:
     """Raise ConfigError, with the differences, for a study whose values mean something else."""
-    kept = study.user_attrs.get("identity", {})
-    if found := list(differences(kept, _as_read_back(identity))):
+    kept = study.user_attrs
+    found = list(differences(kept.get("identity", {}), _as_read_back(identity)))
+    if found := [*found, *text_differences(kept.get("text", {}), text or {})]:
         raise ConfigError(
             f"the study {study.study_name!r} is another search than these settings: "
             f"{'; '.join(found)}. Give this one another --out (and another name where they share a "

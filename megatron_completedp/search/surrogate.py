@@ -8,11 +8,9 @@ its loss is the ceiling, that of knowing nothing. Runs of one seed share its eff
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 from optuna.distributions import FloatDistribution
@@ -117,11 +115,6 @@ class Surrogate:
         if loss >= self.ceiling:
             return loss
         return loss + self.seed_noise * seed + self.noise * float(generator.normal())
-
-
-def surrogate_hash(surrogate: Surrogate) -> str:
-    """SHA-256 of every number of it."""
-    return hashlib.sha256(json.dumps(asdict(surrogate), sort_keys=True).encode()).hexdigest()
 
 
 def synthetic(dimensions: int = 79, *, seed: int = 0, noise: float = 0.005) -> Surrogate:

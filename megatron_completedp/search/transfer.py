@@ -14,6 +14,7 @@ from statistics import fmean, stdev
 
 from megatron_completedp.config.load import load_config
 from megatron_completedp.plan.run_plan import Plan
+from megatron_completedp.search.heldout import text_of
 from megatron_completedp.search.transfer_figures import draw_transfer
 from megatron_completedp.search.transfer_runs import Curve, Saving, TransferRuns, outside, saving
 from megatron_completedp.search.transfer_settings import TransferSettings
@@ -35,7 +36,7 @@ def run(settings: TransferSettings, out: Path, *, command: str) -> Report:
     signal.
     """
     runs = TransferRuns(settings, load_config(settings.run), out / "runs")
-    results = Results(out / "results.jsonl", runs.identity)
+    results = Results(out / "results.jsonl", runs.identity, text=text_of(runs.base))
     train_points(
         runs.missing(results.rows()),
         results,

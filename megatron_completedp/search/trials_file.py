@@ -27,7 +27,7 @@ FILE = "trials.jsonl"
 DIGITS = 6
 
 #: What is kept of a study and of its trials; machines' names and paths are not.
-STUDY_ATTRIBUTES = ("identity", "code")
+STUDY_ATTRIBUTES = ("identity", "code", "text")
 ATTRIBUTES = {*Facts.__dataclass_fields__, REPLICATE, STOPPED} - {"configs"}
 SYSTEM_ATTRIBUTES = {TAG, FIRST_TRY, EARLIER_TRIES}
 
@@ -37,7 +37,7 @@ def write_export(study: optuna.Study, path: Path) -> None:
     attributes = study.user_attrs
     header = {
         "study": study.study_name,
-        **{name: attributes[name] for name in STUDY_ATTRIBUTES},
+        **{name: attributes[name] for name in STUDY_ATTRIBUTES if name in attributes},
     }
     names = list(attributes["identity"]["space"]["bounds"])
     lines = [header, *(_row(trial, names) for trial in study.get_trials(deepcopy=False))]
@@ -53,7 +53,8 @@ def read_export(path: Path) -> optuna.Study:
         bounds = header["identity"]["space"]["bounds"]
         study = optuna.create_study(study_name=header["study"])
         for name in STUDY_ATTRIBUTES:
-            study.set_user_attr(name, header[name])
+            if name in header:
+                study.set_user_attr(name, header[name])
         space = {name: FloatDistribution(*pair) for name, pair in bounds.items()}
         study.add_trials([_trial(row, space) for row in rows])
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -127,7 +127,7 @@ class TurboSampler(optuna.samplers.BaseSampler):
         # One coordinate needs more than one failure to be given up.
         state = box(losses, self._start_runs, failures=max(4, len(self._axes)))
         points = np.array([self._unit(other.params) for other in done[state.first :]])
-        if not len(done):
+        if not trial.number:
             unit = self._unit({name: axis.value(axis.start) for name, axis in self._axes.items()})
         elif len(points) < self._start_runs:
             sobol = torch.quasirandom.SobolEngine(

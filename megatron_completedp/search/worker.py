@@ -24,6 +24,7 @@ import optuna
 from megatron_completedp.config.load import build, load_config, to_tree
 from megatron_completedp.data.claims import claim
 from megatron_completedp.errors import CompletedPError, ConfigError
+from megatron_completedp.search.heldout import text_of
 from megatron_completedp.search.objective import Facts, Objective
 from megatron_completedp.search.progress import Progress
 from megatron_completedp.search.pruning import Pruner
@@ -85,7 +86,7 @@ class Search:
         settings, objective = self.settings, self.objective()
         sampler = _sampler(settings, objective.space)
         sampler(0)  # what is wrong with it is said before anything is begun
-        identity = self.identity()
+        identity, text = self.identity(), text_of(objective.base)
         # The trust region runs the start by itself, several times; the others do not know it.
         start = dict.fromkeys(objective.space.names, 0.0)
         first = None if settings.sampler == "trust_region" else start
@@ -94,7 +95,9 @@ class Search:
 
         def enter() -> Queue:
             storage = connect(database_url(settings, self.out), settings.database, self.out)
-            study = open_study(storage, settings.name, self.out, identity=identity, first=first)
+            study = open_study(
+                storage, settings.name, self.out, identity=identity, text=text, first=first
+            )
             return Queue(
                 study=study,
                 storage=storage,

@@ -108,10 +108,10 @@ class Crew:
         All of them for runs on GPUs, and where there are fewer than the crew has ranks.
         """
         cores = sorted(os.sched_getaffinity(0))
-        share = len(cores) // self.workers
-        if self.devices or share < self.ranks:
+        if self.devices or len(cores) // self.workers < self.ranks:
             return set(cores)
-        return set(cores[number * share : (number + 1) * share])
+        first, end = (len(cores) * each // self.workers for each in (number, number + 1))
+        return set(cores[first:end])
 
     def _wait(
         self, processes: list[Any], stop: Stop, errors: Any, watch: Callable[[], bool]

@@ -30,9 +30,17 @@ class Results:
     how fast they come (workers), so that a study can be extended in place.
     """
 
-    def __init__(self, path: Path, identity: Mapping[str, Any]) -> None:
-        """Open or start the file. Raises ConfigError when its rows are of another identity."""
+    def __init__(
+        self, path: Path, identity: Mapping[str, Any], *, text: Mapping[str, str] | None = None
+    ) -> None:
+        """Open or start the file. Raises ConfigError when its rows are of another identity.
+
+        `text` has the hashes of the token files, as far as they are here (`data.manifest
+        .text_hashes`): the identity's paths say where text lies, not which one. What the file's
+        header or `text` does not know is not compared, so that rows can be read without the text.
+        """
         self.path = path
+        self._text = dict(text or {})
         # As it reads back: a tuple is a list, a number as a key is text.
         self._identity: dict[str, Any] = json.loads(json.dumps(identity))
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -41,7 +49,8 @@ class Results:
             if lines:
                 self._compare(_parse(path, 1, lines[0]))
             else:
-                stream.write(_line({"hash": _digest(self._identity), "identity": self._identity}))
+                header = {"hash": _digest(self._identity), "identity": self._identity}
+                stream.write(_line(header | ({"text": self._text} if self._text else {})))
         sync_directory(path.parent)
 
     def rows(self) -> list[dict[str, Any]]:
@@ -80,11 +89,19 @@ class Results:
                 f"{self.path}: line 1 is no header of a results file; delete the file or give "
                 "another --out."
             )
-        if found := list(differences(header["identity"], self._identity)):
+        found = list(differences(header["identity"], self._identity))
+        if found := [*found, *text_differences(header.get("text", {}), self._text)]:
             raise ConfigError(
                 f"{self.path} holds results of another config: {'; '.join(found)}. Give "
                 "another --out, or delete the folder to measure again."
             )
+
+
+def text_differences(saved: Mapping[str, str], now: Mapping[str, str]) -> Iterator[str]:
+    """Each token file that both know and that is another one now."""
+    for prefix in saved.keys() & now.keys():
+        if saved[prefix] != now[prefix]:
+            yield f"text {prefix} was {saved[prefix][:12]}..., is now {now[prefix][:12]}..."
 
 
 def differences(saved: object, now: object, path: str = "") -> Iterator[str]:

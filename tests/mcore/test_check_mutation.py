@@ -115,7 +115,7 @@ def test_verdicts_of_other_seeds_or_of_other_code_are_refused(
     assert run(settings, tmp_path).passed
     with pytest.raises(ConfigError, match="seeds was"):
         run(replace(settings, seeds=(3,)), tmp_path)
-    monkeypatch.setattr("megatron_completedp.check.mutation._code_digest", lambda: "edited")
+    monkeypatch.setattr("megatron_completedp.check.mutation.sources_hash", lambda: "edited")
     with pytest.raises(ConfigError, match="code was"):
         run(settings, tmp_path)
 

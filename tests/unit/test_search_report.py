@@ -344,10 +344,10 @@ def test_studies_that_were_given_unequal_amounts_are_not_compared(
     )
     with pytest.raises(ConfigError, match=message):
         HeldPoints(settings, tmp_path)
-    as_repeats = replace(settings, studies={"trust_region": (first, str(other)), "b": (first,)})
     if not change:
+        twice = (first, str(other))
         with pytest.raises(ConfigError, match="two studies of one seed"):
-            HeldPoints(as_repeats, tmp_path)
+            HeldPoints(replace(settings, studies={"trust_region": twice, "twice": twice}), tmp_path)
 
 
 def test_the_surrogate_of_a_space_is_searched_in_its_radii(

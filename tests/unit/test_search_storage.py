@@ -63,6 +63,15 @@ def test_another_search_under_one_name_is_refused_with_the_difference(
         opened(tmp_path, **changes)
 
 
+def test_a_search_does_not_go_on_over_another_text(tmp_path: Path) -> None:
+    identity = objective(tmp_path).identity
+    found = connect(f"sqlite:///{tmp_path / 'study.db'}", DATABASE, tmp_path)
+    open_study(found, "study", tmp_path, identity=identity, text={"data/valid": "a" * 64})
+    open_study(found, "study", tmp_path, identity=identity, text={})
+    with pytest.raises(ConfigError, match=r"text data/valid was aaaa.*, is now bbbb"):
+        open_study(found, "study", tmp_path, identity=identity, text={"data/valid": "b" * 64})
+
+
 def test_a_new_study_does_not_take_the_trials_of_another(tmp_path: Path) -> None:
     """Its trials would find finished runs in their folders, of other hyperparameters."""
     opened(tmp_path)

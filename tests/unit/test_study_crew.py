@@ -45,7 +45,7 @@ def test_every_worker_has_its_own_cores(tmp_path: Path, monkeypatch: pytest.Monk
     every = sorted(os.sched_getaffinity(0))
     first, second = places(Crew(work=writes_its_place, logs=tmp_path, workers=2, ranks=1))
     half = len(every) // 2
-    assert (first["cores"], second["cores"]) == (every[:half], every[half : 2 * half])
+    assert (first["cores"], second["cores"]) == (every[:half], every[half:])
     assert first["threads"] == second["threads"] == "1"
     assert first["devices"] is None
     # Of more workers than cores, none can have its own.

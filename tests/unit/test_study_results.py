@@ -39,6 +39,20 @@ def test_the_header_says_what_the_rows_are_of(path: Path) -> None:
     assert len(header["hash"]) == 64, "sha256 in hex"
 
 
+def test_rows_of_another_text_are_refused_and_read_without_any(tmp_path: Path) -> None:
+    """Paths say where a text lies. What one side does not know is not held against the other."""
+    path = tmp_path / "results.jsonl"
+    Results(path, IDENTITY, text={"data/train": "a" * 64}).append(ROWS[0])
+    assert Results(path, IDENTITY, text={"data/train": "a" * 64}).rows() == ROWS[:1]
+    assert Results(path, IDENTITY).rows() == ROWS[:1], "the text is not here"
+    Results(path, IDENTITY, text={"data/valid": "b" * 64})
+    with pytest.raises(ConfigError, match=r"text data/train was aaaa.*, is now bbbb"):
+        Results(path, IDENTITY, text={"data/train": "b" * 64})
+    old = tmp_path / "old.jsonl"
+    Results(old, IDENTITY).append(ROWS[0])
+    assert Results(old, IDENTITY, text={"data/train": "a" * 64}).rows() == ROWS[:1]
+
+
 @pytest.mark.parametrize("cut", [1, 5])
 def test_a_torn_last_line_is_no_row_and_leaves_the_next_one_whole(path: Path, cut: int) -> None:
     """A cut of 1 leaves valid JSON without its newline: it cannot be told from half a number."""
