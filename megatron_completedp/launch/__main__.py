@@ -154,7 +154,8 @@ class Command:
 COMMANDS: dict[str, Command] = {
     "train": Command(
         "Queue a run on nodes x processes ranks.",
-        "Checks that layout and memory fit, prints the sbatch command and runs it. What is queued "
+        "Checks that the layout fits, with --gpu its memory too, prints the sbatch command and "
+        "runs it. What is queued "
         "is a copy of the run, which later edits of the YAML do not reach. The job saves "
         "when it is preempted and before its time limit, is queued again after that and after a "
         "failure, and goes on from the newest checkpoint; after --tries starts without a new one "

@@ -53,10 +53,8 @@ def plan_json(plan: Plan, ranking: Ranking | None = None) -> dict[str, Any]:
     `modules` has one entry per module and layer (`layer` is null outside the stack), `residual` one
     per layer, `flops` is 6 x parameters x tokens. `hardware` is there when GPUs were named.
     """
-    numbers = plan.resolved.as_json()
-    kept = ("parametrization", "depth_alpha", "ratios", "modules", "residual")
     return {
-        **{key: numbers[key] for key in kept},
+        **plan.resolved.as_json(),
         "parameters": plan.budget.parameters,
         "flops": plan.budget.flops,
         "steps": plan.budget.steps,

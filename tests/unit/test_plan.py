@@ -36,11 +36,8 @@ PROFILE = {
 def test_json_schema(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = json.loads(plan(tmp_path, capsys, "--json", **PROFILE))
     assert set(data) == {
-        "parametrization",
-        "depth_alpha",
-        "ratios",
-        "modules",
-        "residual",
+        *("parametrization", "depth_alpha", "duration_exponent", "final_norm_eps"),
+        *("depth_weight_decay", "ratios", "modules", "residual", "logit_multiplier", "notes"),
         "parameters",
         "flops",
         "steps",
