@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 from megatron_completedp.check.ladder import Ladder, Row
 from megatron_completedp.core.tables import Parametrization
@@ -139,16 +138,13 @@ def best_of(seeds: Sequence[SeedCurve], drawn: Sequence[int], *, window: float) 
 
 
 def loss_at(x: float, means: Mapping[float, float], best: Optimum) -> float:
-    """The loss at `x`: by the parabola among its points, else on the line between two means.
+    """The loss at `x`: by the parabola among its points, else the mean at the nearest value.
 
-    So it is the parabola's own minimum at the optimum. Infinite beside a diverged value, NaN
-    outside the sweep.
+    So it is the parabola's own minimum at the optimum, and no line is drawn over a cliff. Infinite
+    where runs diverge at that value, NaN outside the sweep.
     """
     if best.bracketed and best.used[0] <= x <= best.used[-1]:
         return best.at(x)
-    for left, right in pairwise(sorted(means)):
-        if left <= x <= right:
-            share = (x - left) / (right - left)
-            low, high = means[left], means[right]
-            return low + share * (high - low) if math.isfinite(low + high) else math.inf
-    return math.nan
+    if not min(means) <= x <= max(means):
+        return math.nan
+    return means[min(means, key=lambda value: abs(value - x))]

@@ -210,8 +210,8 @@ def _sweep_table(ladder: Ladder, result: LadderResult) -> Table:
         note=(
             f"Octaves; drift is against size {ladder.reference}. Loss in nats per token at the "
             f"optimum; lost is what the best value of size {ladder.reference} costs here, by the "
-            "parabola or, outside its points, on the line between two measured values. Diverged: "
-            "log2 multiples at which a seed did."
+            "parabola or, outside its points, as measured at the nearest value. Diverged: log2 "
+            "multiples at which a seed did."
         ),
     )
 

@@ -46,6 +46,22 @@ def test_loss_lost_far_from_the_optimum_is_read_from_the_sweep() -> None:
     assert found.sizes[1].transferred == pytest.approx(3.4)
 
 
+def test_no_line_is_drawn_over_a_cliff() -> None:
+    """The reference's best lies at 0.25, between 0 and a value 100 nats higher: 0 is nearer."""
+
+    def losses(point: Point) -> float:
+        size, x = point.labels["size"], point.labels["log2_multiple"]
+        if size == 32:
+            return 3.0 + 0.1 * (x - 0.25) ** 2
+        return 103.0 if x > 0 else 3.0 + 0.1 * (x + 2) ** 2
+
+    study = ladder(log2_multiples=(-3, -2, -1, 0, 1))
+    found = analyse(study, "completedp", rows_of(study, losses)).sizes[1]
+    assert found.best.x == pytest.approx(-2.0)
+    assert found.transferred == pytest.approx(3.4)
+    assert found.loss_lost == pytest.approx(0.4)
+
+
 def test_loss_where_runs_diverge_is_infinite() -> None:
     def losses(point: Point) -> float:
         size, x = point.labels["size"], point.labels["log2_multiple"]
