@@ -74,8 +74,13 @@ def log2_axis(axes: Axes, values: Sequence[float]) -> None:
     """A horizontal axis in octaves with a tick, written as a plain number, at each of `values`."""
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_locator(FixedLocator(list(values)))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _plain(value)))
     axes.xaxis.set_minor_locator(NullLocator())
+
+
+def _plain(value: float) -> str:
+    """Without an exponent: a whole number with its thousands, 1,638,400, or six digits."""
+    return f"{value:,.0f}" if abs(value - round(value)) < 1e-6 * abs(value) else f"{value:g}"
 
 
 def label_lines(axes: Axes) -> None:
