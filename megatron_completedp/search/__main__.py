@@ -241,12 +241,13 @@ def main(argv: Sequence[str]) -> int:
     )
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     try:
-        import optuna  # noqa: F401
+        import optuna
     except ImportError as error:
         raise ConfigError(
             f"{PROG} needs packages that are not installed ({error}): "
             "pip install 'megatron_completedp[search]'."
         ) from error
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = settings.name if isinstance(settings, SearchSettings) else name
     command.do(settings, out or Path("runs/searches") / study, flags)
     return 0
