@@ -11,12 +11,14 @@ from types import MappingProxyType
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from megatron_completedp.config.load import load_config
 from megatron_completedp.config.recipe import Provenance, Recipe, save_recipe
 from megatron_completedp.config.run import RunConfig
 from megatron_completedp.core.ratios import Ratios
 from megatron_completedp.errors import ConfigError
+from megatron_completedp.search.compare_report import _paired, _welch
 from megatron_completedp.search.compare_report import run as compare
 from megatron_completedp.search.compare_settings import CompareSettings
 from megatron_completedp.search.settings import SearchSettings
@@ -327,3 +329,15 @@ def test_samplers_are_compared_on_a_surrogate(tmp_path: Path) -> None:
 def test_a_comparison_of_nothing_is_refused(changes: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         CompareSettings(**changes)  # type: ignore[arg-type]
+
+
+def test_the_interval_of_a_difference_is_students() -> None:
+    """Pairs lose what they share; studies have only their own scatter (scipy's tests, here)."""
+    ours, theirs = [1.0, 2.0, 4.0], [0.0, 1.1, 1.2]
+    paired = stats.ttest_rel(ours, theirs).confidence_interval(0.95)
+    found = _paired(ours, theirs)
+    assert (found.low, found.high) == pytest.approx((paired.low, paired.high))
+    assert math.isnan(_paired(ours[:1], theirs[:1]).low)
+    welch = stats.ttest_ind(ours, theirs[:2], equal_var=False).confidence_interval(0.95)
+    found = _welch(ours, theirs[:2])
+    assert (found.low, found.high) == pytest.approx((welch.low, welch.high))
