@@ -155,8 +155,10 @@ class TrustRegionSampler(optuna.samplers.BaseSampler):
             # A given point is its own, drawn from no region: it says nothing about one.
             own = {"point": trials.own, REPLICATE: 0}
             tag = own if given else self._tag(trials, axes)
-            study._storage.set_trial_system_attr(trial._trial_id, TAG, tag)
+            # The tag last: a worker that dies in between leaves a trial that is tagged anew, not
+            # one that says nowhere which run of its point it is.
             study._storage.set_trial_user_attr(trial._trial_id, REPLICATE, tag[REPLICATE])
+            study._storage.set_trial_system_attr(trial._trial_id, TAG, tag)
         # The objective's trial is read before its sampler runs, and must see these too.
         trial.system_attrs[TAG] = tag
         trial.user_attrs[REPLICATE] = tag[REPLICATE]

@@ -214,6 +214,24 @@ def _retry(study: Any, trial: Any) -> None:
     )
 
 
+def test_a_worker_that_dies_while_it_tags_leaves_no_half_of_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A trial with a tag is not tagged again: it must have its replicate, too, by then."""
+    study = optuna.create_study(sampler=TrustRegionSampler(space=SPACE))
+    written: list[str] = []
+
+    def dies(trial_id: int, key: str, value: object) -> None:
+        written.append(key)
+        raise KeyboardInterrupt
+
+    for name in ("set_trial_user_attr", "set_trial_system_attr"):
+        monkeypatch.setattr(study._storage, name, dies)
+    with pytest.raises(KeyboardInterrupt):
+        study.ask(SPACE)
+    assert written == ["replicate"]
+
+
 def test_replicates_repeat_a_point_and_say_which_run_of_it_they_are() -> None:
     sampler = TrustRegionSampler(space=SPACE, start_replicates=2, round_size=6)
     study = optuna.create_study(sampler=sampler)
