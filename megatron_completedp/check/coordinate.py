@@ -10,10 +10,9 @@ from statistics import fmean
 
 from megatron_completedp.check import expected
 from megatron_completedp.check.figures import change_figure
-from megatron_completedp.check.measure import Bench, Key, Ladder, diverged, slopes
-from megatron_completedp.check.settings import check_different, command_line
+from megatron_completedp.check.measure import Bench, Key, Ladder, LadderSettings, diverged, slopes
+from megatron_completedp.check.settings import command_line
 from megatron_completedp.check.sizes import base_run
-from megatron_completedp.core.tables import Parametrization
 from megatron_completedp.study.report import Finding, Report, Table
 
 #: Finished steps at which activations are measured.
@@ -35,39 +34,14 @@ EXCEPTIONS = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class CoordinateSettings:
+class CoordinateSettings(LadderSettings):
     """What the coordinate check measures."""
-
-    run: str | None = None
-    """YAML of the run that is the base; none means a small built-in one on synthetic tokens."""
-    parametrization: Parametrization | None = None
-    """Rules to check in place of the run's."""
-    widths: tuple[float, ...] = (1, 2, 4)
-    """Ratios of the width to the base's."""
-    depths: tuple[float, ...] = (1, 2, 4)
-    """Ratios of the depth to the base's."""
-    alphas: tuple[float, ...] = (1, 0.5)
-    """Depth exponents that the ladder of depths is measured at; other ladders take the run's."""
-    seeds: tuple[int, ...] = (0, 1, 2)
-    """Seeds of weights and data, over which slopes are averaged."""
-
-    def __post_init__(self) -> None:
-        check_different("alphas", self.alphas)
 
 
 def run(settings: CoordinateSettings, out: Path) -> Report:
     """Measure the ladders of `settings` and hold their slopes to the derived ones."""
     base = base_run(settings.run, settings.parametrization)
-    alpha = base.rules.depth_alpha
-    ladders = [
-        Ladder(axis="width", ratios=settings.widths, seeds=settings.seeds, alpha=alpha),
-        *(
-            Ladder(axis="depth", ratios=settings.depths, seeds=settings.seeds, alpha=each)
-            for each in settings.alphas
-        ),
-        Ladder(axis="batch", ratios=(1, 4), seeds=settings.seeds[:1], alpha=alpha),
-        Ladder(axis="duration", ratios=(1, 4), seeds=settings.seeds[:1], alpha=alpha),
-    ]
+    ladders = settings.ladders(base, batch_and_duration=True)
     findings: list[Finding] = []
     figures, tables = [], []
     with Bench(base, out, steps=STEPS) as bench:

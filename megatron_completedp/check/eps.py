@@ -13,12 +13,11 @@ from pathlib import Path
 from megatron_completedp.check import expected
 from megatron_completedp.check.coordinate import describe, divergence, finding, places
 from megatron_completedp.check.figures import ladder_figure
-from megatron_completedp.check.measure import Bench, Key, Ladder, slopes
-from megatron_completedp.check.settings import check_different, command_line
+from megatron_completedp.check.measure import Bench, Key, Ladder, LadderSettings, slopes
+from megatron_completedp.check.settings import command_line
 from megatron_completedp.check.sizes import base_run
 from megatron_completedp.config.run import RunConfig
 from megatron_completedp.core.roles import GAIN_ROLES, MODULE_ROLES, Module
-from megatron_completedp.core.tables import Parametrization
 from megatron_completedp.plan.run_plan import Plan
 from megatron_completedp.study.report import Finding, Report
 
@@ -36,39 +35,14 @@ EXCEPTIONS = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class EpsSettings:
+class EpsSettings(LadderSettings):
     """What the eps check measures."""
-
-    run: str | None = None
-    """YAML of the run that is the base; none means a small built-in one on synthetic tokens."""
-    parametrization: Parametrization | None = None
-    """Rules to check in place of the run's."""
-    widths: tuple[float, ...] = (1, 2, 4)
-    """Ratios of the width to the base's."""
-    depths: tuple[float, ...] = (1, 2, 4)
-    """Ratios of the depth to the base's."""
-    alphas: tuple[float, ...] = (1, 0.5)
-    """Depth exponents that the ladder of depths is measured at; other ladders take the run's."""
-    seeds: tuple[int, ...] = (0, 1, 2)
-    """Seeds of weights and data, over which slopes are averaged."""
-
-    def __post_init__(self) -> None:
-        check_different("alphas", self.alphas)
 
 
 def run(settings: EpsSettings, out: Path) -> Report:
     """Measure updates and decay along the ladders of `settings`, which must all be flat."""
     base = base_run(settings.run, settings.parametrization)
-    alpha = base.rules.depth_alpha
-    ladders = [
-        Ladder(axis="width", ratios=settings.widths, seeds=settings.seeds, alpha=alpha),
-        *(
-            Ladder(axis="depth", ratios=settings.depths, seeds=settings.seeds, alpha=each)
-            for each in settings.alphas
-        ),
-        Ladder(axis="batch", ratios=(1, 4), seeds=settings.seeds[:1], alpha=alpha),
-        Ladder(axis="duration", ratios=(1, 4), seeds=settings.seeds[:1], alpha=alpha),
-    ]
+    ladders = settings.ladders(base, batch_and_duration=True)
     findings: list[Finding] = []
     figures = []
     near = eps_at_gradient(base)

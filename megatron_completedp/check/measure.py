@@ -25,11 +25,12 @@ from megatron_completedp.check.probe import (
     probe_optimizer,
     processes,
 )
+from megatron_completedp.check.settings import check_values
 from megatron_completedp.check.tokens import Batches, token_sequences
 from megatron_completedp.config.load import identity
 from megatron_completedp.config.run import RunConfig
 from megatron_completedp.core.ratios import Ratios
-from megatron_completedp.core.tables import Table
+from megatron_completedp.core.tables import Parametrization, Table
 from megatron_completedp.data.manifest import text_hashes
 from megatron_completedp.errors import ConfigError, TrainingDiverged
 from megatron_completedp.plan.run_plan import Plan
@@ -68,6 +69,43 @@ class Ladder:
     seeds: tuple[int, ...]
     alpha: float = 1.0
     """Depth exponent of the rules, in place of the run's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LadderSettings:
+    """What a check of slopes measures; each check has it under its own name."""
+
+    run: str | None = None
+    """YAML of the run that is the base; none means a small built-in one on synthetic tokens."""
+    parametrization: Parametrization | None = None
+    """Rules to check in place of the run's."""
+    widths: tuple[float, ...] = (1, 2, 4)
+    """Ratios of the width to the base's."""
+    depths: tuple[float, ...] = (1, 2, 4)
+    """Ratios of the depth to the base's."""
+    alphas: tuple[float, ...] = (1, 0.5)
+    """Depth exponents that the ladder of depths is measured at; other ladders take the run's."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Seeds of weights and data, over which slopes are averaged."""
+
+    def __post_init__(self) -> None:
+        check_values("alphas", self.alphas, least=0)
+        check_values("seeds", self.seeds, least=1, why="nothing would be measured")
+
+    def ladders(self, base: RunConfig, *, batch_and_duration: bool) -> list[Ladder]:
+        """Width, depth at each alpha and, if asked for, batch and duration with the first seed."""
+        alpha = base.rules.depth_alpha
+        found = [Ladder(axis="width", ratios=self.widths, seeds=self.seeds, alpha=alpha)]
+        found += [
+            Ladder(axis="depth", ratios=self.depths, seeds=self.seeds, alpha=each)
+            for each in self.alphas
+        ]
+        if batch_and_duration:
+            axes: tuple[Axis, ...] = ("batch", "duration")
+            found += [
+                Ladder(axis=axis, ratios=(1, 4), seeds=self.seeds[:1], alpha=alpha) for axis in axes
+            ]
+        return found
 
 
 class Bench:

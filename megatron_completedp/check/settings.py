@@ -31,9 +31,13 @@ def load_settings(
     return found, out or Path(f"runs/checks/{name}")
 
 
-def check_different(name: str, values: Sequence[float]) -> None:
-    """Raise ConfigError for a value that is there twice: both would have one figure's name."""
-    if len({f"{value:g}" for value in values}) < len(values):
+def check_values(name: str, values: Sequence[float], *, least: int, why: str = "") -> None:
+    """Raise ConfigError for fewer than `least` values, which is bad for `why`, or one twice."""
+    if len(values) < least:
+        raise ConfigError(
+            f"{name} is {list(values)}: {why}. Give at least {least} different values."
+        )
+    if len(set(values)) < len(values):
         raise ConfigError(f"{name} is {list(values)}; leave out what is there twice.")
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from megatron_completedp.check.settings import check_values
 from megatron_completedp.core.tables import PARAMETRIZATIONS, Parametrization
 from megatron_completedp.errors import ConfigError
 
@@ -55,9 +56,9 @@ class TransferSettings:
         for parametrization in self.parametrizations:
             _check_choice("parametrizations", parametrization, PARAMETRIZATIONS)
         _check_choice("judged", self.judged, self.parametrizations)
-        _check_values("sizes", self.sizes, least=2, why="one size has nothing to drift from")
-        _check_values("log2_multiples", self.log2_multiples, least=3, why="a parabola needs three")
-        _check_values("seeds", self.seeds, least=1, why="nothing would be trained")
+        check_values("sizes", self.sizes, least=2, why="one size has nothing to drift from")
+        check_values("log2_multiples", self.log2_multiples, least=3, why="a parabola needs three")
+        check_values("seeds", self.seeds, least=1, why="nothing would be trained")
         for name, value, low in (
             ("sizes", min(self.sizes), 1),
             ("seeds", min(self.seeds), 0),
@@ -89,12 +90,3 @@ class TransferSettings:
 def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
     if value not in choices:
         raise ConfigError(f"{name} has {value!r}; expected one of {', '.join(choices)}.")
-
-
-def _check_values(name: str, values: Sequence[float], *, least: int, why: str) -> None:
-    if len(values) < least:
-        raise ConfigError(
-            f"{name} is {list(values)}: {why}. Give at least {least} different values."
-        )
-    if len(set(values)) < len(values):
-        raise ConfigError(f"{name} is {list(values)}; leave out what is there twice.")

@@ -7,11 +7,9 @@ studies held for the best after equal budgets, trained again with fresh seeds on
 from __future__ import annotations
 
 import hashlib
-import json
 import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import astuple
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -25,7 +23,7 @@ from megatron_completedp.search.compare_settings import CompareSettings
 from megatron_completedp.search.held_points import HeldPoints
 from megatron_completedp.search.surrogate import Surrogate, synthetic
 from megatron_completedp.study.code import sources_hash
-from megatron_completedp.study.fit import QUANTILES, Interval, bootstrap
+from megatron_completedp.study.fit import QUANTILES, Interval
 from megatron_completedp.study.plot import COLORS, label_lines
 from megatron_completedp.study.report import FigureSpec, Finding, Report, Table
 from megatron_completedp.study.results import Results
@@ -124,9 +122,14 @@ def simulated(
 
 def surrogate_key(surrogate: Surrogate, *, radius: float | Mapping[str, float], runs: int) -> str:
     """What a simulated curve is one of: the surrogate to six digits, and the code that searches."""
-    numbers = json.dumps([asdict(surrogate), radius, runs], sort_keys=True)
-    rounded = re.sub(r"-?\d+\.\d+(e-?\d+)?", lambda found: f"{float(found[0]):.6g}", numbers)
-    return hashlib.sha256(f"{rounded} {sources_hash()}".encode()).hexdigest()[:16]
+    of = surrogate
+    rows: list[list[object]] = [[of.level, of.noise, of.seed_noise, of.ceiling, runs]]
+    for name, valley in of.valleys.items():
+        rows.append(
+            [name, *astuple(valley), radius[name] if isinstance(radius, Mapping) else radius]
+        )
+    text = [[f"{x:.6g}" if isinstance(x, float) else str(x) for x in row] for row in rows]
+    return hashlib.sha256(f"{text} {sources_hash()}".encode()).hexdigest()[:16]
 
 
 def _by_budget(
@@ -145,7 +148,7 @@ def _by_budget(
 
 
 def _curves(gained: Gains) -> dict[str, Curve]:
-    """Mean over the units with its bootstrap interval, at each number of runs."""
+    """Mean over the units with its interval, at each number of runs."""
     return {
         name: {runs: _mean([unit[runs] for unit in units]) for runs in units[0]}
         for name, units in gained.items()
@@ -153,7 +156,10 @@ def _curves(gained: Gains) -> dict[str, Curve]:
 
 
 def _mean(units: Sequence[float]) -> tuple[float, Interval]:
-    return fmean(units), bootstrap(len(units), lambda drawn: fmean(units[i] for i in drawn))
+    """Their mean with its 95 % interval, Student's t; NaN for one."""
+    if len(units) < 2:
+        return fmean(units), Interval(math.nan, math.nan)
+    return fmean(units), _student(fmean(units), variance(units) / len(units), len(units) - 1)
 
 
 def _findings(settings: CompareSettings, gained: Gains, kind: str) -> Iterator[Finding]:
@@ -186,10 +192,7 @@ def _findings(settings: CompareSettings, gained: Gains, kind: str) -> Iterator[F
 
 def _paired(ours: Sequence[float], theirs: Sequence[float]) -> Interval:
     """Of the mean difference, pair by pair; NaN for one pair."""
-    differences = [a - b for a, b in zip(ours, theirs, strict=True)]
-    if len(differences) < 2:
-        return Interval(math.nan, math.nan)
-    return _student(fmean(differences), variance(differences) / len(ours), len(ours) - 1)
+    return _mean([a - b for a, b in zip(ours, theirs, strict=True)])[1]
 
 
 def _welch(ours: Sequence[float], theirs: Sequence[float]) -> Interval:

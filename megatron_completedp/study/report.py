@@ -6,6 +6,7 @@ A study returns a `Report` and draws nothing itself; `page.write_report` makes t
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -159,11 +160,15 @@ def print_report(report: Report) -> str:
     """The terminal's text: the verdict, then every finding with those that failed first."""
     ordered = sorted(report.findings, key=lambda finding: finding.passed)
     rows = [
-        ["ok" if item.passed else "FAIL", item.what, f"{item.value:.4g}", item.bounds, item.note]
+        ["ok" if item.passed else "FAIL", item.what, f"{item.value:.4g}", item.bounds]
         for item in ordered
     ]
-    lines = [report.title, report.verdict, report.question, ""]
-    lines.append(text_table(["", "finding", "value", "expected", "note"], rows, left=2))
+    header, *table = text_table(["", "finding", "value", "expected"], rows, left=2).splitlines()
+    lines = [report.title, report.verdict, report.question, "", header]
+    for line, item in zip(table, ordered, strict=True):
+        lines.append(line)
+        # Below its finding: notes are sentences, and a column of them would be wider than a screen.
+        lines += textwrap.wrap(item.note, 100, initial_indent=" " * 6, subsequent_indent=" " * 6)
     if report.exceptions:
         lines += ["", "exceptions and limits"]
         lines += [f"- {text}" for text in report.exceptions]

@@ -177,26 +177,22 @@ def test_a_ladder_goes_from_dark_to_light() -> None:
     assert len(ladder_colors(1)) == 1
 
 
-def test_the_index_names_what_failed(tmp_path: Path) -> None:
-    entries = [
+def test_the_index_says_what_failed_and_what_has_not_run(tmp_path: Path) -> None:
+    passed, failed, pending = (
         IndexEntry(name="sde", verdict="PASSED: 3 of 3", passed=True, href="sde/report.html"),
         IndexEntry(name="eps", verdict="FAILED: no <report>", passed=False, href=None),
-    ]
-    write_index(tmp_path, "Checks", entries)
-    page = (tmp_path / "index.html").read_text()
-    assert "FAILED: 1 of 2 checks" in page
-    assert '<a href="sde/report.html">sde</a>' in page
-    assert "no &lt;report&gt;" in page
-    write_index(tmp_path, "Checks", entries[:1])
-    assert "PASSED: every check" in (tmp_path / "index.html").read_text()
+        IndexEntry(name="gradient", verdict="not run yet", passed=None, href=None),
+    )
 
+    def page(*entries: IndexEntry) -> str:
+        write_index(tmp_path, "Checks", entries)
+        return (tmp_path / "index.html").read_text()
 
-def test_the_index_of_an_interrupted_suite_does_not_say_passed(tmp_path: Path) -> None:
-    entries = [
-        IndexEntry(name="sde", verdict="PASSED: 3 of 3", passed=True, href="sde/report.html"),
-        IndexEntry(name="eps", verdict="not run yet", passed=None, href=None),
-    ]
-    write_index(tmp_path, "Checks", entries)
-    page = (tmp_path / "index.html").read_text()
-    assert "PASSED: every check" not in page
-    assert "UNFINISHED: 1 of 2 checks have not run" in page
+    text = page(passed, failed, pending)
+    assert "FAILED: 1 of 3 checks" in text
+    assert '<a href="sde/report.html">sde</a>' in text
+    assert "no &lt;report&gt;" in text
+    assert "PASSED: every check" in page(passed)
+    # An interrupted suite has passed nothing.
+    assert "PASSED: every check" not in page(passed, pending)
+    assert "UNFINISHED: 1 of 2 checks have not run" in page(passed, pending)
