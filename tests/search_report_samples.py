@@ -11,11 +11,11 @@ import optuna
 
 from megatron_completedp.config.load import build
 from megatron_completedp.core.multipliers import Level
+from megatron_completedp.search.access import Search
 from megatron_completedp.search.samplers import make_sampler
 from megatron_completedp.search.settings import SearchSettings
 from megatron_completedp.search.surrogate import Surrogate, Valley
 from megatron_completedp.search.trials_file import FILE, write_export
-from megatron_completedp.search.worker import Search
 
 RUN = Path(__file__).parents[1] / "examples/search/base.yaml"
 NOISE = 0.004
@@ -51,7 +51,7 @@ def finished_study(of: Search, trials: int, *, still: bool = False, seed: int = 
         settings.sampler,
         seed=0,
         space=space.distributions(),
-        radius={item.name: item.radius for item in space.dimensions},
+        **space.trust_region(),
         settings=settings.sampler_options,
     )
     study = optuna.create_study(sampler=sampler, study_name="sample")

@@ -8,13 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from scipy.stats import t
-
 from megatron_completedp.check.drift import LadderResult, best_of
 from megatron_completedp.check.ladder import Ladder
 from megatron_completedp.data.atomic import atomic_write
 from megatron_completedp.errors import CompletedPError
-from megatron_completedp.study.fit import QUANTILES, Interval, Slope, bootstrap, slope
+from megatron_completedp.study.fit import Interval, Slope, bootstrap, slope, student
 
 #: The line of a run's YAML that holds the exponent, with its comment.
 _LINE = re.compile(r"^duration_exponent:.*\n?", re.MULTILINE)
@@ -53,11 +51,10 @@ def fitted_exponent(ladder: Ladder, result: LadderResult) -> Exponent:
     count = len(ladder.settings.seeds)
     whole = line(range(count))
     value, freedom = applied - whole.value, len(result.sizes) - 2
-    reach = float(t.ppf(QUANTILES[1], freedom)) * whole.standard_error if freedom else math.nan
     return Exponent(
         value=value,
         interval=bootstrap(count, lambda drawn: applied - line(drawn).value),
-        line_interval=Interval(value - reach, value + reach),
+        line_interval=student(value, whole.standard_error**2, freedom),
     )
 
 

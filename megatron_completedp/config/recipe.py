@@ -49,11 +49,16 @@ class Provenance:
     loss_standard_error: float | None = None
     """Of that mean, over the seeds."""
     heldout_loss: float | None = None
-    """Mean loss of fresh runs at the base on text that no trial was compared on."""
+    """Mean loss of fresh runs at the base on text that no trial was compared on.
+
+    None where one of them diverged.
+    """
     heldout_loss_standard_error: float | None = None
     """Of that mean, over these runs."""
     heldout_seeds: tuple[int, ...] = ()
-    """Seeds of these runs; one that diverged is left out."""
+    """Seeds of these runs."""
+    heldout_diverged: tuple[int, ...] = ()
+    """Those of them with which the run diverged."""
     data: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     """SHA-256 of the data by path prefix."""
     tokenizer: str | None = None

@@ -62,10 +62,13 @@ class Command:
     do: Callable[[Any, Path, OutFlag], None]
     settings: type[Any] = SearchSettings
     """What its YAML is."""
+    example: str = "--config search.yaml --out runs/search"
+    """What follows its name in its own help."""
 
 
 def _run(settings: SearchSettings, out: Path, flags: OutFlag) -> None:
-    from megatron_completedp.search.worker import Search, run
+    from megatron_completedp.search.access import Search
+    from megatron_completedp.search.worker import run
 
     assert isinstance(flags, RunFlags), "of this command"
     search = Search(settings, out)
@@ -82,22 +85,23 @@ def _run(settings: SearchSettings, out: Path, flags: OutFlag) -> None:
 
 
 def _work(settings: SearchSettings, out: Path, flags: OutFlag) -> None:
-    from megatron_completedp.search.worker import Search, work
+    from megatron_completedp.search.access import Search
+    from megatron_completedp.search.worker import work
 
     work(Search(settings, out))
 
 
 def _status(settings: SearchSettings, out: Path, flags: OutFlag) -> None:
+    from megatron_completedp.search.access import Search, read
     from megatron_completedp.search.status import status
-    from megatron_completedp.search.worker import Search, read
 
     assert isinstance(flags, TargetFlags), "of this command"
     print(status(read(Search(settings, out)), settings, target=flags.target))
 
 
 def _recipe(settings: SearchSettings, out: Path, flags: OutFlag) -> None:
+    from megatron_completedp.search.access import Search, read
     from megatron_completedp.search.export import export
-    from megatron_completedp.search.worker import Search, read
 
     assert isinstance(flags, RecipeFlags), "of this command"
     search = Search(settings, out)
@@ -114,11 +118,15 @@ def _recipe(settings: SearchSettings, out: Path, flags: OutFlag) -> None:
     if origin.heldout_loss is not None:
         runs = len(origin.heldout_seeds)
         print(f"held out: {origin.heldout_loss:.4f}, mean of {runs} fresh runs")
+    if origin.heldout_diverged:
+        count, runs = len(origin.heldout_diverged), len(origin.heldout_seeds)
+        seeds = ", ".join(map(str, origin.heldout_diverged))
+        print(f"held out: {count} of {runs} fresh runs diverged, with the seeds {seeds}: no mean")
 
 
 def _report(settings: SearchSettings, out: Path, flags: OutFlag) -> None:
+    from megatron_completedp.search.access import Search
     from megatron_completedp.search.report import report
-    from megatron_completedp.search.worker import Search
 
     assert isinstance(flags, TargetFlags), "of this command"
     _show(
@@ -175,6 +183,7 @@ COMMANDS: dict[str, Command] = {
         "Where the settings name heldout, the point is trained again to be evaluated there.",
         RecipeFlags,
         _recipe,
+        example="--config search.yaml --out runs/search --to recipe.yaml",
     ),
     "report": Command(
         "Show on one page what a search found, how sure that is and what it cost.",
@@ -190,6 +199,7 @@ COMMANDS: dict[str, Command] = {
         OutFlag,
         _compare,
         CompareSettings,
+        "--config compare.yaml --out runs/compare",
     ),
     "transfer": Command(
         "Measure how many tokens a recipe saves, at the proxy and where it is carried to.",
@@ -198,6 +208,7 @@ COMMANDS: dict[str, Command] = {
         OutFlag,
         _transfer,
         TransferSettings,
+        "--config transfer.yaml --out runs/transfer",
     ),
 }
 
@@ -220,7 +231,7 @@ def usage() -> str:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Do what `argv` says. Returns 0; whatever goes wrong is raised."""
+    """Do what `argv` says. Returns the exit code: 0, or 2 without a command; all else is raised."""
     if not argv or argv[0] in ("-h", "--help"):
         print(usage())
         return 0 if argv else 2
@@ -234,8 +245,8 @@ def main(argv: Sequence[str]) -> int:
         command.settings,
         rest,
         prog=f"{PROG} {name}",
-        description=f"{command.summary} {command.details}\n\nExample:\n  {PROG} {name} "
-        "--config search.yaml --out runs/search",
+        description=f"{command.summary} {command.details}\n\nExample:\n"
+        f"  {PROG} {name} {command.example}",
         extra=command.flags,
         paths=("run", "recipes", "studies"),
     )

@@ -23,6 +23,8 @@ class Axis:
     """Start radius of the region."""
     least: float
     """The region's radius is not narrowed below it."""
+    kind: str = ""
+    """Axes of one kind matter about as much as each other."""
 
     @property
     def low(self) -> float:
@@ -57,6 +59,7 @@ def axes_of(
     *,
     start: Mapping[str, float],
     radius: float | Mapping[str, float],
+    kinds: Mapping[str, str],
     floor: float,
 ) -> dict[str, Axis]:
     """The float parameters of `space` that can vary; the arguments are `TrustRegionSampler`'s.
@@ -64,7 +67,7 @@ def axes_of(
     Raises ConfigError for a radius that is missing or not above 0, and a start out of bounds.
     """
     return {
-        name: _axis(name, of, start.get(name), radius, floor)
+        name: _axis(name, of, start.get(name), radius, kinds.get(name, ""), floor)
         for name, of in space.items()
         if isinstance(of, FloatDistribution) and not of.single()
     }
@@ -80,6 +83,7 @@ def _axis(
     of: FloatDistribution,
     start: float | None,
     radius: float | Mapping[str, float],
+    kind: str,
     floor: float,
 ) -> Axis:
     reach = radius.get(name) if isinstance(radius, Mapping) else radius
@@ -92,4 +96,4 @@ def _axis(
         bounds = f"[{of.low:g}, {of.high:g}]"
         raise ConfigError(f"trust region: start of {name} is {start!r}, outside {bounds}")
     # A coordinate with a small start radius is not widened to the floor.
-    return Axis(of, math.log(start) if of.log else start, reach, min(floor, reach))
+    return Axis(of, math.log(start) if of.log else start, reach, min(floor, reach), kind)

@@ -41,7 +41,7 @@ def compare(
     *,
     runs: int,
     repeats: int,
-    radius: float | Mapping[str, float] = 0.5,
+    region: Mapping[str, Any] | None = None,
     leave_out: Collection[tuple[str, int]] = (),
 ) -> Iterator[Step]:
     """The steps of every sampler, repeat by repeat; repeat r has the seed r.
@@ -50,14 +50,17 @@ def compare(
 
     `samplers` are names of `samplers.SamplerName`, or labels with settings, in which `name` names
     the sampler where the label does not: {"no guard": {"name": "trust_region", "guard": 0}}.
+    `region` is `Space.trust_region()` of a real space.
     """
     if not isinstance(samplers, Mapping):
         samplers = {name: {} for name in samplers}
 
+    of = region or {}
+
     def make(label: str, seed: int) -> optuna.samplers.BaseSampler:
         rest = dict(samplers[label])
         name = rest.pop("name", label)
-        return make_sampler(name, seed=seed, space=surrogate.space, radius=radius, settings=rest)
+        return make_sampler(name, seed=seed, space=surrogate.space, settings=rest, **of)
 
     left = {
         label: [repeat for repeat in range(repeats) if (label, repeat) not in leave_out]

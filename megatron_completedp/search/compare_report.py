@@ -16,14 +16,12 @@ from pathlib import Path
 from statistics import fmean, variance
 from typing import TYPE_CHECKING, Any
 
-from scipy import stats
-
 from megatron_completedp.search.compare import compare
 from megatron_completedp.search.compare_settings import CompareSettings
 from megatron_completedp.search.held_points import HeldPoints
 from megatron_completedp.search.surrogate import Surrogate, synthetic
 from megatron_completedp.study.code import sources_hash
-from megatron_completedp.study.fit import QUANTILES, Interval
+from megatron_completedp.study.fit import Interval, mean_interval, student
 from megatron_completedp.study.plot import COLORS, label_lines
 from megatron_completedp.study.report import FigureSpec, Finding, Report, Table
 from megatron_completedp.study.results import Results
@@ -45,9 +43,9 @@ def run(settings: CompareSettings, out: Path, *, command: str) -> Report:
     """
     held = HeldPoints(settings, out / "runs") if settings.studies else None
     surrogate = held.surrogate() if held else synthetic()
-    # As in the real searches; a synthetic space has the samplers' default.
-    radius = {each.name: each.radius for each in held.space.dimensions} if held else 0.5
-    gained = {"surrogate": simulated(surrogate, settings, out, radius=radius)}
+    # As in the real searches; a synthetic space has the samplers' defaults.
+    region = held.space.trust_region() if held else {}
+    gained = {"surrogate": simulated(surrogate, settings, out, region=region)}
     if held:
         trained = held.gains(held.train(out))
         gained["training"] = {name: _by_budget(of, settings) for name, of in trained.items()}
@@ -81,17 +79,17 @@ def simulated(
     settings: CompareSettings,
     out: Path,
     *,
-    radius: float | Mapping[str, float],
+    region: Mapping[str, Mapping[str, Any]],
 ) -> Gains:
     """Nats gained over the base without noise, by sampler: a curve over runs for each repeat.
 
-    `radius` is the region's at the start, as `samplers.make_sampler` takes it. Repeats are kept in
-    OUT/surrogate.jsonl and not simulated again by the same code.
+    `region` is as `Space.trust_region` gives it. Repeats are kept in OUT/surrogate.jsonl and not
+    simulated again by the same code.
     """
     start = surrogate.loss(dict.fromkeys(surrogate.valleys, 0.0))
     results = Results(out / "surrogate.jsonl", {})
     # A row of another surrogate, length or code is left where it is, and not taken for these.
-    key = surrogate_key(surrogate, radius=radius, runs=settings.runs)
+    key = surrogate_key(surrogate, region=region, runs=settings.runs)
 
     def kept() -> dict[tuple[str, int], Mapping[str, Any]]:
         return {(row["sampler"], row["repeat"]): row for row in results.rows() if row["of"] == key}
@@ -101,7 +99,7 @@ def simulated(
         settings.samplers,
         runs=settings.runs,
         repeats=settings.repeats,
-        radius=radius,
+        region=region,
         leave_out=kept().keys(),
     )
     for (sampler, repeat), of in groupby(steps, key=lambda step: (step.sampler, step.repeat)):
@@ -120,14 +118,14 @@ def simulated(
     }
 
 
-def surrogate_key(surrogate: Surrogate, *, radius: float | Mapping[str, float], runs: int) -> str:
-    """What a simulated curve is one of: the surrogate to six digits, and the code that searches."""
+def surrogate_key(
+    surrogate: Surrogate, *, region: Mapping[str, Mapping[str, Any]], runs: int
+) -> str:
+    """Identity of a simulated curve: surrogate to six digits, region, runs, hash of the sources."""
     of = surrogate
     rows: list[list[object]] = [[of.level, of.noise, of.seed_noise, of.ceiling, runs]]
     for name, valley in of.valleys.items():
-        rows.append(
-            [name, *astuple(valley), radius[name] if isinstance(radius, Mapping) else radius]
-        )
+        rows.append([name, *astuple(valley), *(each[name] for each in region.values())])
     text = [[f"{x:.6g}" if isinstance(x, float) else str(x) for x in row] for row in rows]
     return hashlib.sha256(f"{text} {sources_hash()}".encode()).hexdigest()[:16]
 
@@ -156,10 +154,7 @@ def _curves(gained: Gains) -> dict[str, Curve]:
 
 
 def _mean(units: Sequence[float]) -> tuple[float, Interval]:
-    """Their mean with its 95 % interval, Student's t; NaN for one."""
-    if len(units) < 2:
-        return fmean(units), Interval(math.nan, math.nan)
-    return fmean(units), _student(fmean(units), variance(units) / len(units), len(units) - 1)
+    return fmean(units), mean_interval(units)
 
 
 def _findings(settings: CompareSettings, gained: Gains, kind: str) -> Iterator[Finding]:
@@ -171,13 +166,18 @@ def _findings(settings: CompareSettings, gained: Gains, kind: str) -> Iterator[F
     # Repeats on the surrogate share their noise, and seeds of lone studies the base run's scatter.
     paired = kind == "surrogate" or len(settings.studies[judged]) == 1
     interval = (_paired if paired else _welch)(ours, theirs)
+    diverged = [
+        f"a point that {name} held diverged with a fresh seed"
+        for name, of in ((judged, ours), (best, theirs))
+        if -math.inf in of
+    ]
     what = f"gain of {judged} minus that of {best}, {kind}, after {last} runs"
     yield Finding(
         what=what,
         value=fmean(ours) - fmean(theirs),
         low=-math.inf,
         high=math.inf,
-        note=f"nats/token; {fmean(ours):.4f} against {fmean(theirs):.4f}",
+        note="; ".join([f"nats/token; {fmean(ours):.4f} against {fmean(theirs):.4f}", *diverged]),
     )
     yield Finding(
         what=f"{what}: lower end of its 95 % interval",
@@ -192,22 +192,19 @@ def _findings(settings: CompareSettings, gained: Gains, kind: str) -> Iterator[F
 
 def _paired(ours: Sequence[float], theirs: Sequence[float]) -> Interval:
     """Of the mean difference, pair by pair; NaN for one pair."""
-    return _mean([a - b for a, b in zip(ours, theirs, strict=True)])[1]
+    return mean_interval([a - b for a, b in zip(ours, theirs, strict=True)])
 
 
 def _welch(ours: Sequence[float], theirs: Sequence[float]) -> Interval:
     """Of the difference of two means of independent studies, at least two each."""
+    if not all(map(math.isfinite, (*ours, *theirs))):
+        return Interval(math.nan, math.nan)
     parts = [variance(each) / len(each) for each in (ours, theirs)]
     squares = sum(
         part**2 / (len(each) - 1) for part, each in zip(parts, (ours, theirs), strict=True)
     )
     freedom = sum(parts) ** 2 / squares if squares else 1.0
-    return _student(fmean(ours) - fmean(theirs), sum(parts), freedom)
-
-
-def _student(mean: float, squared_error: float, freedom: float) -> Interval:
-    reach = float(stats.t.ppf(QUANTILES[1], freedom)) * math.sqrt(squared_error)
-    return Interval(mean - reach, mean + reach)
+    return student(fmean(ours) - fmean(theirs), sum(parts), freedom)
 
 
 def _bracket(found: Interval) -> str:

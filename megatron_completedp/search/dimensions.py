@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 
 from megatron_completedp.config.run import RunConfig
 from megatron_completedp.core.hyperparams import BaseHyperparams
-from megatron_completedp.core.multipliers import Level, ModuleMultipliers
+from megatron_completedp.core.multipliers import Level, ModuleMultipliers, Multipliers
 from megatron_completedp.core.roles import GAIN_ROLES, MODULE_ROLES, OUTSIDE_STACK, Module
 from megatron_completedp.errors import ConfigError
 
@@ -42,6 +42,8 @@ class Dimension:
     high: float
     radius: float
     """How far from the incumbent a trust region reaches at the start."""
+    kind: str
+    """What it multiplies, and of what: `types.lr`, `depth.lr`, `hyperparams.init_std`, ..."""
 
 
 def dimensions(
@@ -50,7 +52,7 @@ def dimensions(
     """What can be searched at `level` around `config`, in order; see `Space.of`."""
     names = list(_names(config, level))
     _check_bounds(bounds, names)
-    return tuple(_dimension(config, level, name, bounds) for name in names)
+    return tuple(_dimension(config, name, bounds) for name in names)
 
 
 def _names(config: RunConfig, level: Level) -> Iterator[str]:
@@ -111,49 +113,55 @@ def _kind(name: str) -> str:
     return next(kind for kind in KINDS if leaf.endswith(kind))
 
 
-def _dimension(
-    config: RunConfig, level: Level, name: str, bounds: Mapping[str, tuple[float, ...]]
-) -> Dimension:
+def _dimension(config: RunConfig, name: str, bounds: Mapping[str, tuple[float, ...]]) -> Dimension:
     kind = _kind(name)
     bound, radius = KINDS[kind]
-    least, most = _limits(config, level, name)
+    most = _most(config, name)
     low, high = bounds.get(kind, (-bound, bound))
     if name in bounds:
         low, high = bounds[name]
-        if low < least or high > most:
+        if high > most:
             raise ConfigError(
                 f"bounds.{name} is [{low}, {high}]; the base run's beta stays within (0, 1) for "
-                f"sure in [{least:.4g}, {most:.4g}] only. Narrow it."
+                f"sure up to {most:.4g} only. Narrow it."
             )
-    return Dimension(name, max(low, least), min(high, most), radius)
+    level = name.partition(".")[0] if "." in name else "residual"
+    return Dimension(name, low, min(high, most), radius, f"{level}.{kind}")
 
 
-def _limits(config: RunConfig, level: Level, name: str) -> tuple[float, float]:
-    """The logs between which `name` leaves every beta in (0, 1), whatever the other dimensions do.
+def _most(config: RunConfig, name: str) -> float:
+    """The log up to which `name` leaves every beta in (0, 1).
 
-    Where a type and a layer multiply each other, the type gets half of the room above. A layer gets
-    a quarter, both ways: relative to the layers' mean it comes out at less than twice that.
+    Layers have no such bound of their own: `Space.apply` takes what is too much off their type, so
+    that each level has every point of the one before.
     """
     kind = _kind(name)
-    if not kind.startswith("one_minus_beta"):
-        return -math.inf, math.inf
-    beta, mult = kind.removeprefix("one_minus_"), f"{kind}_mult"
-    layers = range(base_layers(config))
-    multipliers = config.multipliers
-    now = (1 - getattr(config.hyperparams, beta)) * max(
-        getattr(multipliers.of(module), mult)
-        * multipliers.layer_factor(module, mult, None if module in OUTSIDE_STACK else layer)
-        for module in config.model.modules
-        for layer in layers
-    )
+    if not kind.startswith("one_minus_beta") or name.startswith(("depth.", "layers.")):
+        return math.inf
+    now = max(one_minus(config, config.multipliers, of, kind) for of in config.model.modules)
+    return math.log(largest(config, kind) / now)
+
+
+def largest(config: RunConfig, kind: str) -> float:
+    """The largest 1 - beta that a point may have, around `config`; `kind` is the key of KINDS."""
+    now = max(one_minus(config, config.multipliers, of, kind) for of in config.model.modules)
     if now >= 1:
+        beta = kind.removeprefix("one_minus_")
         raise ConfigError(
             f"the base run's multipliers bring {beta} to {1 - now:.4g}; expected a value in (0, 1)."
         )
-    room = math.log((1 - LEAST_BETA * (1 - now)) / now)
-    if name.startswith(("depth.", "layers.")):
-        return -room / 4, room / 4
-    return -math.inf, room / 2 if level in ("types_x_depth", "full") else room
+    return 1 - LEAST_BETA * (1 - now)
+
+
+def one_minus(config: RunConfig, multipliers: Multipliers, module: Module, kind: str) -> float:
+    """The largest 1 - beta of `module` over the base's layers, with `multipliers`."""
+    mult = f"{kind}_mult"
+    layers = [None] if module in OUTSIDE_STACK else range(base_layers(config))
+    return float(
+        (1 - getattr(config.hyperparams, kind.removeprefix("one_minus_")))
+        * getattr(multipliers.of(module), mult)
+        * max(multipliers.layer_factor(module, mult, layer) for layer in layers)
+    )
 
 
 def _check_bounds(bounds: Mapping[str, tuple[float, ...]], names: list[str]) -> None:

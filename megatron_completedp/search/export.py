@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import statistics
 from dataclasses import replace
@@ -25,8 +24,6 @@ from megatron_completedp.search.settings import SearchSettings
 from megatron_completedp.study.code import git_commit, sources_hash
 from megatron_completedp.study.results import Results
 from megatron_completedp.study.tasks import Point, train_points
-
-logger = logging.getLogger(__name__)
 
 #: Replicates from here on are no trial's: their seeds are free for the held-out runs.
 FIRST_HELDOUT_REPLICATE = 10_000
@@ -58,6 +55,7 @@ def export(
     config = objective.space.apply(objective.base, best.params)
     found = heldout_losses(objective, settings, best, out=out, runs=heldout_runs)
     losses = list(found.values())
+    whole = bool(losses) and all(map(math.isfinite, losses))
     complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     provenance = Provenance(
         study=settings.name,
@@ -65,9 +63,10 @@ def export(
         seeds=tuple(sorted(every_seed(study, objective.base.seed))),
         loss=best.loss,
         loss_standard_error=_or_none(best.standard_error),
-        heldout_loss=statistics.fmean(losses) if losses else None,
-        heldout_loss_standard_error=_standard_error(losses),
+        heldout_loss=statistics.fmean(losses) if whole else None,
+        heldout_loss_standard_error=_standard_error(losses) if whole else None,
         heldout_seeds=tuple(found),
+        heldout_diverged=tuple(seed for seed, loss in found.items() if math.isinf(loss)),
         data=MappingProxyType(text_of(config)),
         tokenizer=load_manifest(Path(config.data.train[0])).tokenizer_sha256,
         code_version=__version__,
@@ -85,7 +84,7 @@ def heldout_losses(
 ) -> dict[int, float]:
     """Loss of `runs` fresh runs of the point on settings.heldout by seed; none without heldout.
 
-    A run that diverged is left out, and said.
+    It is infinite for a run that diverged.
     """
     if not settings.heldout:
         return {}
@@ -109,9 +108,7 @@ def heldout_losses(
     )
     ours = {each.id for each in points}
     rows = [row for row in results.rows() if row["id"] in ours]
-    if diverged := [row["id"] for row in rows if row["diverged"]]:
-        logger.warning("held-out runs that diverged, and are left out: %s", ", ".join(diverged))
-    return {row["seed"]: float(row["loss"]) for row in rows if not row["diverged"]}
+    return {row["seed"]: math.inf if row["diverged"] else float(row["loss"]) for row in rows}
 
 
 def _standard_error(values: list[float]) -> float | None:

@@ -37,8 +37,8 @@ class HeldPoints:
     def __init__(self, settings: CompareSettings, folder: Path) -> None:
         """Raises ConfigError for studies that cannot be compared.
 
-        They are of different spaces or another run, of unequal trials, pruned, one study twice,
-        shorter than a budget, or had the seeds.
+        They are of different spaces or another run, pruned, one study twice, shorter than a budget,
+        or had the seeds.
         """
         self.settings = settings
         self.folder = folder
@@ -79,7 +79,10 @@ class HeldPoints:
             check_seeds(settings.seeds, every_seed(one.study, base.seed))
 
     def surrogate(self) -> Surrogate:
-        """Fitted to the trials of all studies that lie in the valley: see `in_the_valley`."""
+        """Fitted to the trials of all studies that lie in the valley: see `in_the_valley`.
+
+        Of each study only as many as the largest budget, so that none weighs more than another.
+        """
         return fit(self._rows(), self.space.distributions(), ceiling=self.ceiling)
 
     def predicted(self) -> float:
@@ -88,7 +91,12 @@ class HeldPoints:
         return predicted(rows, self.space.distributions(), ceiling=self.ceiling)
 
     def _rows(self) -> list[Row]:
-        every = [row for group in self.histories.values() for one in group for row in rows_of(one)]
+        every = [
+            row
+            for group in self.histories.values()
+            for one in group
+            for row in rows_of(one, max(self.settings.budgets))
+        ]
         return in_the_valley(every)
 
     def train(self, out: Path) -> list[dict[str, Any]]:

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import optuna
 
+from megatron_completedp.config.recipe import Provenance
 from megatron_completedp.config.run import RunConfig
 from megatron_completedp.config.sections import DataConfig
 from megatron_completedp.data.manifest import text_hashes
@@ -16,13 +17,29 @@ from megatron_completedp.search.trust_trials import REPLICATE
 
 
 def check_heldout(data: DataConfig, heldout: Sequence[str]) -> None:
-    """Raise ConfigError for a prefix in `heldout` that runs on `data` train on or are chosen by."""
-    seen = {os.path.realpath(prefix) for prefix in (*data.train, *data.valid)}
-    if both := [prefix for prefix in heldout if os.path.realpath(prefix) in seen]:
+    """Raise ConfigError for a prefix in `heldout` that runs on `data` train on or are chosen by.
+
+    By its path, and by its content where both have a manifest.
+    """
+    used = (*data.train, *data.valid)
+    paths, hashes = {os.path.realpath(prefix) for prefix in used}, text_hashes(used).values()
+    own = text_hashes(heldout)
+    if both := [p for p in heldout if os.path.realpath(p) in paths or own.get(p) in hashes]:
         raise ConfigError(
-            f"heldout has {', '.join(both)}, which data.train or data.valid of the run has too: "
-            "what trials are trained on or chosen by says too little. Use another split."
+            f"heldout has {', '.join(both)}, whose tokens data.train or data.valid of the run has "
+            "too: losses on what trials are trained on or chosen by are too low. Use another split."
         )
+
+
+def check_unseen(provenance: Provenance, heldout: Sequence[str], recipe: str) -> None:
+    """Raise ConfigError for `heldout` text that the search behind the recipe had, by its hashes."""
+    searched = {sha256: prefix for prefix, sha256 in provenance.data.items()}
+    for prefix, sha256 in text_hashes(heldout).items():
+        if sha256 in searched:
+            raise ConfigError(
+                f"heldout has {prefix}, the tokens that the search behind {recipe} trained on or "
+                f"chose by as {searched[sha256]}: losses on them are too low. Use another split."
+            )
 
 
 def on_heldout(base: RunConfig, heldout: tuple[str, ...]) -> RunConfig:

@@ -1,7 +1,7 @@
 """What a search knew: its points with their runs, the noise of the seeds, and its best so far.
 
 A point's runs are the trials with its numbers. The first run of a point that a sampler chose to
-keep for its low loss says too little: the mean of a point is that of its other runs, and a point
+keep for its low loss is biased low: the mean of a point is that of its other runs, and a point
 without any is marked as biased.
 """
 
@@ -16,14 +16,13 @@ from statistics import fmean
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
-from scipy import stats
 
 from megatron_completedp.search.incumbent import incumbent
 from megatron_completedp.search.samplers import make_sampler
 from megatron_completedp.search.seed_noise import Gain, SeedNoise
 from megatron_completedp.search.space import Space
 from megatron_completedp.search.trust_trials import DIVERGED, FIRST_TRY, REPLICATE
-from megatron_completedp.study.fit import pooled_deviation
+from megatron_completedp.study.fit import pooled_deviation, student
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,7 @@ class Estimate:
 
 def half_width(standard_error: float, freedom: int) -> float:
     """Half of the 95 % interval of a normal mean; NaN where nothing is known."""
-    return float(stats.t.ppf(0.975, freedom)) * standard_error if freedom else math.nan
+    return student(0.0, standard_error**2, freedom).high
 
 
 @dataclass(frozen=True)
@@ -80,7 +79,7 @@ class History:
 
     @cached_property
     def places(self) -> Mapping[int, int]:
-        """By a trial's number: how many were begun by then, repetitions of lost ones left out."""
+        """How many trials had begun, repetitions left out, once this one had; by trial number."""
         firsts = (FIRST_TRY not in trial.system_attrs for trial in self.trials)
         return dict(enumerate(accumulate(firsts)))
 
@@ -186,7 +185,7 @@ class History:
             "trust_region",
             seed=proposals["seed"],
             space=self.space.distributions(),
-            radius={item.name: item.radius for item in self.space.dimensions},
+            **self.space.trust_region(),
             settings=proposals["options"],
         )
 

@@ -38,13 +38,16 @@ class Importance:
     nats: Mapping[str, float]
     """Standard deviation of the dimension's part of the loss over the trials."""
     chance: float
-    """The largest of these on shuffled losses, on average: what is below may be nothing."""
+    """The largest of these on shuffled losses, on average; smaller ones may be chance."""
     predicted: float
     """See the function of this name."""
 
 
-def rows_of(history: History) -> list[Row]:
-    """The finished trials for `surrogate.fit`; a dimension that a trial lacks is at 0."""
+def rows_of(history: History, first: float = math.inf) -> list[Row]:
+    """The finished trials for `surrogate.fit`; a dimension that a trial lacks is at 0.
+
+    Of the `first` that were begun, repetitions of lost ones left out.
+    """
     names = history.space.names
     return [
         Row(
@@ -55,6 +58,7 @@ def rows_of(history: History) -> list[Row]:
             replicate=int(trial.user_attrs.get(REPLICATE, 0)),
         )
         for trial in history.finished
+        if history.places[trial.number] <= first
     ]
 
 

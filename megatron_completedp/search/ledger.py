@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from optuna.trial import FrozenTrial, TrialState
 
+from megatron_completedp.config.load import load_config
+from megatron_completedp.plan.run_plan import Plan
 from megatron_completedp.search.queue import STOPPED
 from megatron_completedp.search.trust_trials import DIVERGED
 
@@ -18,16 +20,12 @@ ENDS = ("finished", "diverged", "pruned", "stopped", "lost", "running", "waiting
 class Entry:
     """One try of one trial."""
 
-    number: int
-    """Of the trial in the study."""
     end: str
     """One of ENDS."""
     flops: float
     """6 x parameters x the tokens that this try trained on."""
     device_seconds: float
     """Its seconds times its ranks: start-up, evaluation and reading of data included."""
-    worker: str
-    """Name of the worker that had it; empty before one has."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +49,11 @@ class Ledger:
         """Of all tries."""
         return sum(entry.device_seconds for entry in self.entries)
 
+    def share_of(self, target: str) -> tuple[float, float]:
+        """FLOPs as a part of those of the run in the YAML `target`, and these."""
+        flops = Plan.of(load_config(target)).budget.flops
+        return self.flops / flops, flops
+
     def count(self, end: str) -> int:
         """How many tries ended so."""
         return sum(entry.end == end for entry in self.entries)
@@ -59,11 +62,9 @@ class Ledger:
 def _entry(trial: FrozenTrial, ranks: int) -> Entry:
     attributes = trial.user_attrs
     return Entry(
-        number=trial.number,
         end=end_of(trial),
         flops=float(attributes.get("flops", 0.0)),
         device_seconds=ranks * _seconds(trial),
-        worker=str(attributes.get("worker", "")),
     )
 
 

@@ -1,7 +1,7 @@
 """In which direction a linear model of the losses falls.
 
-One run says little about 79 numbers, but every run says something about all that it moved: ridge
-regression adds that up, where a comparison of single points throws it away.
+One run says little about 79 numbers, but every run says something about all that it moved: a model
+adds that up, where a comparison of single points throws it away.
 """
 
 from __future__ import annotations
@@ -10,23 +10,26 @@ import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
+Labels = NDArray[np.int64]
 
-#: Candidates for the ridge, as parts of the model's largest eigenvalue: from none to all noise.
-_RIDGES = np.geomspace(1e-4, 1e3, 29)
+#: Steps of the likelihood's ascent; variances of kinds that matter have settled long before.
+_STEPS = 40
 
 
-def descent(points: Floats, losses: Floats, groups: NDArray[np.int64]) -> Floats:
+def descent(points: Floats, losses: Floats, groups: Labels, kinds: Labels) -> Floats:
     """The unit vector of steepest descent, or zeros where the losses show no slope.
 
-    The ridge is the one that makes the losses likeliest when slopes and noise are normal (empirical
-    Bayes): the noisier they are, the more what single runs moved counts, and not its correlations.
-    Within a group, losses further above the median than the lowest is below it are cut to there: a
-    cliff is no slope.
+    Slopes and noise are taken to be normal, the slopes with a variance for each kind of coordinate,
+    and these variances are the likeliest (empirical Bayes, by restricted maximum likelihood): the
+    noisier the losses, the less single runs count, and a kind that does not matter as a whole is
+    not followed where chance makes one of its coordinates look as if it did. Within a group, losses
+    further above the median than the lowest is below it are cut to there: a cliff is no slope.
 
     Args:
-        points: [n, d], in units in which all coordinates are alike.
+        points: [n, d], in units in which all coordinates of a kind are alike.
         losses: [n], finite.
         groups: [n], each with a level of its own, such as runs drawn from one region.
+        kinds: [d], of which each has slopes of its own size.
 
     Returns:
         [d]
@@ -38,16 +41,46 @@ def descent(points: Floats, losses: Floats, groups: NDArray[np.int64]) -> Floats
         losses[own] = np.minimum(losses[own], 2 * median - losses[own].min())
         losses[own] -= losses[own].mean()
         points[own] -= points[own].mean(axis=0)
-    total = losses @ losses
-    values, vectors = np.linalg.eigh(points.T @ points)
-    values = values.clip(min=0.0)
-    slopes = vectors.T @ (points.T @ losses)
     # Less than this of the largest slope that there could be is rounding.
-    if np.linalg.norm(slopes) <= 1e-9 * np.sqrt(total * values[-1]):
+    largest = np.linalg.norm(losses) * np.linalg.norm(points, 2)
+    if np.linalg.norm(points.T @ losses) <= 1e-9 * largest:
         return np.zeros(points.shape[1])
-    ridges = values[-1] * _RIDGES[:, None]
-    left = total - (slopes**2 / (values + ridges)).sum(axis=1)
-    surprise = len(losses) * np.log(left) + np.log1p(values / ridges).sum(axis=1)
-    slope: Floats = vectors @ (slopes / (values + ridges[surprise.argmin()]))
-    direction: Floats = -slope / np.linalg.norm(slope)
-    return direction
+    slope = _slopes(points, losses, groups, [kinds == kind for kind in np.unique(kinds)])
+    length = np.linalg.norm(slope)
+    return -slope / length if length > 0 else np.zeros(points.shape[1])
+
+
+def _slopes(points: Floats, losses: Floats, groups: Labels, kinds: list[Labels]) -> Floats:
+    """The slopes' posterior mean [d]; each group of `losses` and `points` has the mean 0."""
+    # What is left of n runs once each group's level is taken out has fewer than n dimensions.
+    levels = np.stack([groups == group for group in np.unique(groups)], axis=1).astype(float)
+    rest = np.linalg.qr(levels, mode="complete")[0][:, levels.shape[1] :].T
+    points, losses = rest @ points, rest @ losses
+    kernels = [points[:, kind] @ points[:, kind].T for kind in kinds]
+    total = float(losses @ losses) / len(losses)
+    # Half of the scatter is noise, the kinds share the other half.
+    noise = total / 2
+    sizes = [total / 2 / len(kinds) / max(np.trace(k) / len(losses), 1e-300) for k in kernels]
+    for _ in range(_STEPS):
+        inverse = np.linalg.inv(_covariance(noise, sizes, kernels))
+        seen = inverse @ losses
+        # Each is moved by the root of what the losses show over what it predicts, which never
+        # lowers the likelihood (Zhou et al., arXiv 1509.07426).
+        sizes = [
+            size * np.sqrt((seen @ kernel @ seen) / max(np.sum(inverse * kernel), 1e-300))
+            for size, kernel in zip(sizes, kernels, strict=True)
+        ]
+        noise *= np.sqrt((seen @ seen) / np.trace(inverse))
+        noise = max(noise, 1e-9 * total)
+    seen = np.linalg.inv(_covariance(noise, sizes, kernels)) @ losses
+    slope = np.zeros(points.shape[1])
+    for size, kind in zip(sizes, kinds, strict=True):
+        slope[kind] = size * points[:, kind].T @ seen
+    return slope
+
+
+def _covariance(noise: float, sizes: list[float], kernels: list[Floats]) -> Floats:
+    found: Floats = noise * np.eye(len(kernels[0]))
+    for size, kernel in zip(sizes, kernels, strict=True):
+        found = found + size * kernel
+    return found

@@ -31,7 +31,7 @@ class Cost:
     """What a try of a trial cost; its fields are the trial's user attributes."""
 
     seconds: float
-    """From the start of this try to its end, on every rank."""
+    """By the clock; times the ranks they are device-seconds."""
     steps: int
     """Optimizer steps that this try made; one that only read finished runs made none."""
     tokens: int

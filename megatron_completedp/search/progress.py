@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import logging
 
-from optuna.exceptions import StorageInternalError
 from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy.exc import SQLAlchemyError
 
 from megatron_completedp.search.ledger import end_of
+from megatron_completedp.search.outage import FAILURES, persist
 from megatron_completedp.search.queue import Queue
 from megatron_completedp.search.settings import DatabaseSettings
-from megatron_completedp.search.storage import persist
 
 logger = logging.getLogger(__name__)
 
@@ -28,13 +26,13 @@ class Progress:
         """Whether a trial has ended; not known while the database is away."""
         try:
             ended = self._ended()
-        except (SQLAlchemyError, StorageInternalError):
+        except FAILURES:
             return False
         new = [trial for trial in ended if trial.number not in self._seen]
         for trial in new:
             self._seen.add(trial.number)
             count = sum(each.state != TrialState.FAIL for each in ended)
-            logger.info("%d of %d: trial %d %s", count, self._queue.trials, *line(trial))
+            logger.info("%d of %d: %s", count, self._queue.trials, line(trial))
         return bool(new)
 
     def _ended(self) -> list[FrozenTrial]:
@@ -42,8 +40,8 @@ class Progress:
         return [trial for trial in trials if trial.state.is_finished()]
 
 
-def line(trial: FrozenTrial) -> tuple[int, str]:
-    """A trial's number, and how it ended."""
+def line(trial: FrozenTrial) -> str:
+    """A trial, and how it ended."""
     end = end_of(trial)
     how = f"{trial.value:.4f}" if end == "finished" else end
-    return trial.number, f"{how}  ({trial.user_attrs.get('seconds', 0):.0f} s)"
+    return f"trial {trial.number} {how}  ({trial.user_attrs.get('seconds', 0):.0f} s)"

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import logging
 import math
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
@@ -20,7 +19,7 @@ from types import MappingProxyType
 from typing import Any
 
 import optuna
-from optuna.exceptions import ExperimentalWarning, UpdateFinishedTrialError
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 
@@ -102,10 +101,14 @@ class Queue:
             trials = self._repaired()
         return begun(trials) >= self.trials and all(t.state.is_finished() for t in trials)
 
+    def given_up(self, trials: Sequence[FrozenTrial]) -> list[int]:
+        """Numbers of the last tries of trials that were lost too often to be repeated again."""
+        return [each.number for each in _lost(trials) if not self._may_repeat(each, trials)]
+
     def complete(
         self, taken: Taken, facts: Facts, curve: Mapping[int, float] = MappingProxyType({})
     ) -> None:
-        """Enter the result, and the run's training loss by step, as far as it was followed.
+        """Enter the result, and the training losses that the pruner read, by step.
 
         May be called again after a failure of the database.
         """
@@ -154,22 +157,14 @@ class Queue:
 
         Under the claim on asking.
         """
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ExperimentalWarning)
-            optuna.storages.fail_stale_trials(self.study)
+        for trial_id in self.storage._get_stale_trial_ids(self.study._study_id):
+            self._fail(self.storage.get_trial(trial_id))
         for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
             with claim(self._lock(trial.number), wait=False) as free:
                 if free:
                     self._fail(trial)
         trials = self.study.get_trials(deepcopy=False)
-        repeated = {number for trial in trials for number in _earlier(trial)}
-        left = [
-            trial
-            for trial in trials
-            if trial.state == TrialState.FAIL
-            and trial.number not in repeated
-            and self._may_repeat(trial, trials)
-        ]
+        left = [trial for trial in _lost(trials) if self._may_repeat(trial, trials)]
         for trial in left:
             self._repeat(trial)
         return self.study.get_trials(deepcopy=False) if left else trials
@@ -209,7 +204,8 @@ class Queue:
         kept = {key: v for key, v in trial.user_attrs.items() if key not in OF_ONE_TRY}
         with claim(self._lock(trial.number), wait=False) as free:
             # Whoever was lost without losing its lock may still write into its folder.
-            name = _folder(trial) if free else f"{_folder(trial)}-again{len(earlier)}"
+            done = free or trial.user_attrs.get(STOPPED)
+            name = _folder(trial) if done else f"{_folder(trial)}-again{len(earlier)}"
         self.study.add_trial(
             optuna.trial.create_trial(
                 state=TrialState.WAITING,
@@ -234,6 +230,14 @@ def begun(trials: Sequence[FrozenTrial]) -> int:
 def _earlier(trial: FrozenTrial) -> list[int]:
     """Numbers of the tries that this trial repeats, the first one first."""
     return list(trial.system_attrs.get(EARLIER_TRIES, ()))
+
+
+def _lost(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
+    """The failed ones that no other repeats."""
+    repeated = {number for trial in trials for number in _earlier(trial)}
+    return [
+        trial for trial in trials if trial.state == TrialState.FAIL and trial.number not in repeated
+    ]
 
 
 def _folder(trial: FrozenTrial | optuna.Trial) -> str:

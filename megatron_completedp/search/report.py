@@ -12,9 +12,8 @@ from statistics import NormalDist
 import optuna
 from scipy import stats
 
-from megatron_completedp.config.load import load_config
 from megatron_completedp.errors import ConfigError
-from megatron_completedp.plan.run_plan import Plan
+from megatron_completedp.search.access import Search, load
 from megatron_completedp.search.history import Estimate, History, half_width
 from megatron_completedp.search.importance import Importance, importance, rows_of
 from megatron_completedp.search.ledger import ENDS, Ledger
@@ -31,33 +30,12 @@ from megatron_completedp.search.report_figures import (
     profiles,
     short,
 )
-from megatron_completedp.search.settings import DATABASE_FILE
 from megatron_completedp.search.space import Space
-from megatron_completedp.search.storage import check_identity
 from megatron_completedp.search.surrogate import Valley, fit
-from megatron_completedp.search.trials_file import FILE, read_export, write_export
-from megatron_completedp.search.worker import Search, read
 from megatron_completedp.study.report import FigureSpec, Finding, Report, Table
 
 #: Changes of the best point that the table names.
 LISTED = 12
-
-
-def load(search: Search) -> optuna.Study:
-    """The study: of its database, and then exported to OUT/trials.jsonl, or of that file.
-
-    Raises ConfigError when there is neither, and for a study that is another search.
-    """
-    file = search.out / FILE
-    here = search.out / DATABASE_FILE
-    if not search.settings.database.url and not here.exists() and file.exists():
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
-        study = read_export(file)
-        check_identity(study, search.identity())
-    else:
-        study = read(search)
-        write_export(study, file)
-    return study
 
 
 def report(search: Search, *, target: str | None, command: str) -> Report:
@@ -73,7 +51,7 @@ def report(search: Search, *, target: str | None, command: str) -> Report:
     weights = importance(history, ceiling=objective.ceiling)
     return Report(
         title=f"Search {study.study_name}",
-        question="Is the best point better than the start by more than the noise of the seeds?",
+        question="Is the best point better than the base run by more than the noise of the seeds?",
         command=command,
         findings=_findings(history, point),
         figures=_figures(history, objective, point, weights),
@@ -93,10 +71,11 @@ def _findings(history: History, point: Mapping[str, float]) -> tuple[Finding, ..
         note = _why_unknown(history.start, history.estimate(point))
     else:
         half = half_width(gain.standard_error, gain.freedom)
-        note = f"{gain.nats:.4f} +- {half:.4f} nats/token (95 %, before the choice)"
+        nats = f"{gain.nats:.4f} +- {half:.4f} nats/token"
+        note = f"{nats} (95 %, not corrected for choosing among challengers)"
     return (
         Finding(
-            what="gain of the best point over the start, in its standard errors",
+            what="gain of the best point over the base run, in its standard errors",
             value=gain.nats / gain.standard_error if gain and gain.standard_error else math.nan,
             low=least_gain(history.challenges, gain.freedom if gain else 1),
             high=math.inf,
@@ -108,8 +87,8 @@ def _findings(history: History, point: Mapping[str, float]) -> tuple[Finding, ..
 def least_gain(challenges: int, freedom: int) -> float:
     """Standard errors by which the best point must be better than the start.
 
-    What a single look passes by chance with 2 of them and a known error, 2.3 %, all `challenges`
-    together pass here (Bonferroni), with an error from `freedom` degrees of freedom (Student's t).
+    Student's t quantile at which all `challenges` together pass by chance as often, 2.3 %, as one
+    would at 2 known standard errors (Bonferroni).
     """
     chance = NormalDist().cdf(-2.0) / max(challenges, 1)
     return float(stats.t.ppf(1 - chance, freedom))
@@ -117,7 +96,7 @@ def least_gain(challenges: int, freedom: int) -> float:
 
 def _why_unknown(start: Estimate, best: Estimate) -> str:
     if math.isnan(start.mean):
-        return "the start was not run in this study"
+        return "the base run is no trial of this study"
     if best.biased:
         return (
             "the best point was not run again, and was chosen for its one low run; `search "
@@ -135,10 +114,10 @@ def _figures(
             name="progress",
             caption=(
                 "Validation loss against trials. The line is the best point so far, at the mean of "
-                "its runs in the whole study but the one it was chosen for; dashed is the start, "
-                "the base run. Bands are 95 % intervals from the noise of the seeds, pooled over "
-                "all repeated points. Dots are single runs, triangles lie above the figure, "
-                "crosses diverged."
+                "its runs in the whole study but the one it was chosen for; those that confirmed "
+                "it are among them, so that it is a little too low. Dashed is the base run. Bands "
+                "are 95 % intervals from the noise of the seeds, pooled over all repeated points. "
+                "Dots are single runs, triangles lie above the figure, crosses diverged."
             ),
             draw=lambda figure: draw_progress(figure, history),
             size=(6.0, 3.8),
@@ -204,7 +183,7 @@ def _valleys(history: History, objective: Objective) -> Mapping[str, Valley]:
 
 def _loss_table(start: Estimate, best: Estimate) -> Table:
     rows = []
-    for name, each in (("start", start), ("best point", best)):
+    for name, each in (("base run", start), ("best point", best)):
         interval = "-" if math.isnan(each.half_width) else f"+- {each.half_width:.4f}"
         rows.append((name, f"{each.mean:.4f}", interval, str(each.runs)))
     return Table(
@@ -248,10 +227,14 @@ def _cost_table(search: Search, study: optuna.Study, target: str | None) -> Tabl
             rows.append((end, str(len(entries)), f"{flops:.3g}", f"{seconds / 3600:.2f}"))
     total = (f"{ledger.flops:.3g}", f"{ledger.device_seconds / 3600:.2f}")
     rows.append(("in all", str(len(ledger.entries)), *total))
-    note = "6 x parameters x tokens, tries that were repeated, diverged or stopped included."
+    note = (
+        "FLOPs are 6 x parameters x trained tokens, without evaluation; device-hours have all. "
+        "Tries that were repeated, diverged or stopped are included, held-out runs of the recipe "
+        "are not."
+    )
     if target is not None:
-        flops = Plan.of(load_config(target)).budget.flops
-        note += f" That is {ledger.flops / flops:.3g} of the {flops:.3g} FLOPs of {target}."
+        share, flops = ledger.share_of(target)
+        note += f" That is {share:.3g} of the {flops:.3g} FLOPs of {target}."
     return Table(
         title="Cost",
         header=("tries", "count", "FLOPs", "device-hours"),
@@ -285,8 +268,8 @@ def _limits(
     history: History, point: Mapping[str, float], weights: Importance | None
 ) -> tuple[str, ...]:
     limits = [
-        "The loss is that on the split the search chose by: the best point's is a little too low, "
-        "as text goes. `search recipe` and `search transfer` measure on text that no trial saw.",
+        "The loss is that on the split the search chose by, and so a little too low for the best "
+        "point. `search recipe` and `search transfer` measure on text that no trial saw.",
         "The intervals of single points contain what seeds do to all points alike; the gain is "
         "taken on equal seeds where that is sharper.",
     ]

@@ -71,7 +71,7 @@ def draw_progress(figure: Figure, history: History) -> None:
     axes.plot(broken, [TOP] * len(broken), "x", color=COLORS[1], markersize=4, transform=over)
     if not math.isnan(start.mean):
         ends = [1, last]
-        axes.plot(ends, [start.mean] * 2, "--", color=COLORS[4], linewidth=1.2, label="start")
+        axes.plot(ends, [start.mean] * 2, "--", color=COLORS[4], linewidth=1.2, label="base run")
         _band(axes, ends, [start, start], COLORS[4])
     if steps:
         xs = [*(since for since, _ in steps), max(last, steps[-1][0])]

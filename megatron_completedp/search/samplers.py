@@ -41,15 +41,16 @@ def make_sampler(
     space: Mapping[str, FloatDistribution],
     start: Mapping[str, float] | None = None,
     radius: float | Mapping[str, float] = 0.5,
+    kinds: Mapping[str, str] | None = None,
     settings: Mapping[str, Any] | None = None,
 ) -> optuna.samplers.BaseSampler:
     """The sampler `name` for `space`.
 
-    `start` and `radius` (see `TrustRegionSampler`) go to those that can use them: random, qmc, tpe
-    and gp only know the bounds. `settings` are further arguments of the sampler's constructor and
-    win over ours; whole numbers may be floats, as YAML and JSON give them. Raises ConfigError for
-    an unknown name or setting, and for a sampler whose package is not installed, with the command
-    that installs it.
+    `start`, `radius` and `kinds` (see `TrustRegionSampler`) go to those that can use them: random,
+    qmc, tpe and gp only know the bounds. `settings` are further arguments of the sampler's
+    constructor and win over ours; whole numbers may be floats, as YAML and JSON give them. Raises
+    ConfigError for an unknown name or setting, and for a sampler whose package is not installed,
+    with the command that installs it.
     """
     if name not in get_args(SamplerName):
         raise ConfigError(
@@ -57,7 +58,7 @@ def make_sampler(
         )
     for package, extra in _NEEDS.get(name, {}).items():
         _require(name, package, extra)
-    make, arguments = _constructor(name, seed, space, dict(start or {}), radius)
+    make, arguments = _constructor(name, seed, space, dict(start or {}), radius, kinds or {})
     for key, value in (settings or {}).items():
         whole = isinstance(value, float) and value.is_integer()
         arguments[key] = int(value) if whole else value
@@ -69,7 +70,7 @@ def make_sampler(
 
 
 def resolved_options(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """`settings` with the trust region's defaults, which later versions may have others of."""
+    """`settings` with the trust region's defaults filled in: later versions may change them."""
     ours = TrustRegionSampler.defaults() if name == "trust_region" else {}
     return {**ours, **settings}
 
@@ -80,9 +81,10 @@ def _constructor(
     space: Mapping[str, FloatDistribution],
     start: dict[str, float],
     radius: float | Mapping[str, float],
+    kinds: Mapping[str, str],
 ) -> tuple[Callable[..., optuna.samplers.BaseSampler], dict[str, Any]]:
-    ours = {"seed": seed, "space": space, "start": start, "radius": radius}
     if name == "trust_region":
+        ours = {"seed": seed, "space": space, "start": start, "radius": radius, "kinds": kinds}
         return TrustRegionSampler, ours
     if name == "random":
         return optuna.samplers.RandomSampler, {"seed": seed}

@@ -25,7 +25,14 @@ from megatron_completedp.core.multipliers import (
 from megatron_completedp.core.render import text_table
 from megatron_completedp.core.roles import Module
 from megatron_completedp.errors import ConfigError
-from megatron_completedp.search.dimensions import RESIDUALS, Dimension, base_layers, dimensions
+from megatron_completedp.search.dimensions import (
+    RESIDUALS,
+    Dimension,
+    base_layers,
+    dimensions,
+    largest,
+    one_minus,
+)
 
 if TYPE_CHECKING:
     from optuna.distributions import FloatDistribution
@@ -72,6 +79,13 @@ class Space:
         bounds = {dimension.name: [dimension.low, dimension.high] for dimension in self.dimensions}
         return {"level": self.level, "bounds": bounds}
 
+    def trust_region(self) -> dict[str, Any]:
+        """What `samplers.make_sampler` is told of the dimensions: start radii and kinds by name."""
+        return {
+            "radius": {item.name: item.radius for item in self.dimensions},
+            "kinds": {item.name: item.kind for item in self.dimensions},
+        }
+
     def distributions(self) -> dict[str, FloatDistribution]:
         """For Optuna: a float between its bounds by name."""
         from optuna.distributions import FloatDistribution
@@ -99,7 +113,8 @@ class Space:
 
         A dimension that `point` leaves out stays at 0, and at 0 every number stays bit for bit as
         it was. Profiles are taken relative to their mean over the layers, so that their geometric
-        mean stays 1. The result names no recipe, even where `config` did: its numbers are others.
+        mean stays 1. Where types and layers together would bring a beta out of its range, the type
+        yields. The result names no recipe, even where `config` did: its numbers are others.
         Raises ConfigError for a name that is no dimension and a value out of bounds.
         """
         self._check(point)
@@ -113,16 +128,17 @@ class Space:
                 multipliers.layers.get(Module(name), LayerProfiles()), logs, base_layers(config)
             )
         residuals = {name: tree[name] for name in RESIDUALS if name in tree}
+        moved = replace(
+            _scaled(multipliers, residuals),
+            types=MappingProxyType(types),
+            depth=_shaped(multipliers.depth, tree.get("depth", {}), base_layers(config)),
+            layers=MappingProxyType(layers),
+        )
         return replace(
             config,
             recipe=None,
             hyperparams=_scaled_base(config, tree.get("hyperparams", {})),
-            multipliers=replace(
-                _scaled(multipliers, residuals),
-                types=MappingProxyType(types),
-                depth=_shaped(multipliers.depth, tree.get("depth", {}), base_layers(config)),
-                layers=MappingProxyType(layers),
-            ),
+            multipliers=_in_range(config, moved) if tree.keys() & {"depth", "layers"} else moved,
         )
 
     def _check(self, point: Mapping[str, float]) -> None:
@@ -172,6 +188,20 @@ def _scaled_base(config: RunConfig, logs: Mapping[str, float]) -> BaseHyperparam
     if config.model.tied_embeddings:
         return replace(scaled, unembedding_init_std=scaled.embedding_init_std)
     return scaled
+
+
+def _in_range(config: RunConfig, moved: Multipliers) -> Multipliers:
+    """`moved` with less 1 - beta for each module that has more than `largest` in some layer."""
+    types = dict(moved.types)
+    for kind in ("one_minus_beta1", "one_minus_beta2"):
+        bound = largest(config, kind)
+        for module in config.model.modules:
+            share = bound / one_minus(config, moved, module, kind)
+            if share < 1 - 1e-9:  # beyond rounding
+                types[module] = _scaled(
+                    types.get(module, ModuleMultipliers()), {f"{kind}_mult": math.log(share)}
+                )
+    return replace(moved, types=MappingProxyType(types))
 
 
 def _shaped(profiles: P, logs: Mapping[str, Mapping[str, float]], num_layers: int) -> P:

@@ -8,8 +8,6 @@ from datetime import datetime
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from megatron_completedp.config.load import load_config
-from megatron_completedp.plan.run_plan import Plan
 from megatron_completedp.search.incumbent import incumbent
 from megatron_completedp.search.ledger import ENDS, Ledger
 from megatron_completedp.search.queue import begun
@@ -28,8 +26,8 @@ def status(study: optuna.Study, settings: SearchSettings, *, target: str | None)
         f"cost       {ledger.flops:.3g} FLOPs, {ledger.device_seconds / 3600:.3g} device-hours",
     ]
     if target is not None:
-        flops = Plan.of(load_config(target)).budget.flops
-        lines.append(f"           {ledger.flops / flops:.3%} of the {flops:.3g} FLOPs of {target}")
+        share, flops = ledger.share_of(target)
+        lines.append(f"           {share:.3%} of the {flops:.3g} FLOPs of {target}")
     running = [trial for trial in trials if trial.state == TrialState.RUNNING]
     lines += [_running(trial) for trial in running]
     return "\n".join(lines)

@@ -4,91 +4,48 @@ from __future__ import annotations
 
 import json
 import logging
-import time
 import uuid
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from threading import Event, Thread
-from typing import Any, TypeVar
+from typing import Any
 
 import optuna
-from optuna.exceptions import ExperimentalWarning, StorageInternalError
+from optuna.exceptions import ExperimentalWarning
 from optuna.storages import RDBStorage
 from sqlalchemy.engine import make_url
-from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlchemyError
+from sqlalchemy.exc import (
+    ArgumentError,
+    NoSuchModuleError,
+)
 
 from megatron_completedp.data.atomic import atomic_write
 from megatron_completedp.data.claims import claim
-from megatron_completedp.errors import CompletedPError, ConfigError
+from megatron_completedp.errors import ConfigError
 from megatron_completedp.search.settings import TRIALS_FOLDER, DatabaseSettings
 from megatron_completedp.study.code import code_version
-from megatron_completedp.study.crew import Stop, StudyStopped
 from megatron_completedp.study.results import differences, text_differences
 from megatron_completedp.study.settings import masked
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
-
-#: Between two tries to reach the database, at first and at most.
-FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0
-
 #: Names the output folder that a study's workers share.
 FOLDER_FILE = "study.json"
 
 
-class DatabaseUnreachable(CompletedPError):
-    """The study's database did not answer for as long as it is waited for."""
-
-
-def persist(call: Callable[[], T], database: DatabaseSettings, stop: Stop | None = None) -> T:
-    """`call()`, again and again while the database cannot be reached.
-
-    `call` must be able to be repeated. Raises DatabaseUnreachable after `database.retry_s`,
-    StudyStopped when `stop` is set while waiting, and at once whatever else `call` raises.
-    """
-    start, pause = time.monotonic(), FIRST_PAUSE_S
-    while True:
-        try:
-            return call()
-        except (SQLAlchemyError, StorageInternalError) as error:
-            reason = _outage(error)
-            if reason is None:
-                raise
-            if time.monotonic() + pause - start > database.retry_s:
-                raise DatabaseUnreachable(
-                    f"the study's database cannot be reached for {database.retry_s:g} s: {reason}. "
-                    "Finished runs are in their folders; bring the database back, or correct "
-                    "database.url, and start the same command again to go on."
-                ) from error
-            logger.warning("the database cannot be reached, next try in %.1f s: %s", pause, reason)
-        _sleep(pause, stop)
-        pause = min(2 * pause, LONGEST_PAUSE_S)
-
-
-def _outage(error: Exception) -> str | None:
-    """The driver's words when `error` is about the connection; None when it is about the data."""
-    cause = error.__cause__ if isinstance(error, StorageInternalError) else error
-    if not isinstance(cause, DBAPIError) or cause.orig is None:
-        return None
-    # By its name: sqlite3's, psycopg's and other drivers' classes are unrelated. An
-    # OperationalError is what they raise for a refused, lost or locked database.
-    if cause.connection_invalidated or type(cause.orig).__mro__[0].__name__ in _OUTAGES:
-        return " ".join(str(cause.orig).split())
-    return "the connection was lost" if type(cause).__name__ in _OUTAGES else None
-
-
-_OUTAGES = ("OperationalError", "InterfaceError", "AdminShutdown")
-
-
-def _sleep(seconds: float, stop: Stop | None) -> None:
-    until = time.monotonic() + seconds
-    while time.monotonic() < until:
-        if stop is not None and stop.value:
-            raise StudyStopped("stopped by a signal while the database could not be reached.")
-        time.sleep(min(0.25, seconds))
+#: Seconds that a driver waits, by its own names: for SQLite's lock; for a server to take a
+#: connection, and for one to answer whose machine has gone without a word (milliseconds).
+_PATIENCE = {
+    "sqlite": {"timeout": 60},
+    "postgresql": {
+        "connect_timeout": 10,
+        "keepalives_idle": 30,
+        "keepalives_interval": 10,
+        "keepalives_count": 3,
+        "tcp_user_timeout": 60_000,
+    },
+}
 
 
 def connect(url: str, database: DatabaseSettings, out: Path) -> RDBStorage:
@@ -99,12 +56,11 @@ def connect(url: str, database: DatabaseSettings, out: Path) -> RDBStorage:
     """
     try:
         backend = make_url(url).get_backend_name()
-        timeout = {"sqlite": {"timeout": 60}, "postgresql": {"connect_timeout": 10}}
         with warnings.catch_warnings(), claim(out / "claims" / "tables", wait=True):
             warnings.simplefilter("ignore", ExperimentalWarning)  # heartbeats
             storage = RDBStorage(
                 url,
-                engine_kwargs={"connect_args": timeout.get(backend, {})},
+                engine_kwargs={"connect_args": _PATIENCE.get(backend, {})},
                 heartbeat_interval=database.heartbeat_s,
                 grace_period=database.grace_s,
             )
@@ -235,27 +191,3 @@ def _mark(out: Path) -> str:
 def _marked(out: Path) -> str | None:
     path = out / FOLDER_FILE
     return str(json.loads(path.read_text(encoding="utf-8"))["folder"]) if path.exists() else None
-
-
-@contextmanager
-def heartbeat(storage: RDBStorage, trial_id: int) -> Iterator[None]:
-    """Inside, a thread writes signs of life for a trial; while the database is away, none."""
-    over = Event()
-
-    def beat() -> None:
-        while True:
-            try:
-                storage.record_heartbeat(trial_id)
-            except (SQLAlchemyError, StorageInternalError) as error:
-                logger.warning("no sign of life could be written: %s", _outage(error) or error)
-            if over.wait(storage.get_heartbeat_interval()):
-                storage.remove_session()
-                return
-
-    thread = Thread(target=beat, name="heartbeat", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()

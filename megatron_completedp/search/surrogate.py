@@ -33,7 +33,7 @@ class Row:
     loss: float
     diverged: bool = False
     chosen: bool = False
-    """Its point was kept for this run, whose loss says too little: it is no sample of the noise."""
+    """Its point was kept for this run, whose loss is biased low: it is no sample of the noise."""
     replicate: int = 0
     """Which run of its point it is: equal ones have equal seeds."""
 

@@ -79,7 +79,8 @@ def report(runs: TransferRuns, results: Results, *, command: str) -> Report:
                     "Held-out loss against tokens; each point is runs of their own, with their own "
                     "schedule. Mean of the seeds, band from the lowest to the highest. The arrow "
                     f"leads from the tokens of {settings.baseline} to those with which "
-                    f"{settings.judged} has the same loss; beneath it, their ratio."
+                    f"{settings.judged} has the same loss; beneath it, their ratio with its 95 % "
+                    "interval."
                 ),
                 draw=partial(draw_transfer, curves=curves, savings=judged),
                 size=(4.2 * len(curves), 3.6),
@@ -103,7 +104,7 @@ def _findings(settings: TransferSettings, curves: Curves, savings: Savings) -> l
         for recipe, each in by_recipe.items():
             judged = recipe == settings.judged
             what = f"tokens of {settings.baseline} over those of {recipe}, {size}"
-            note = f"point estimate; 95 % interval {_interval(each)}"
+            note = f"point estimate; 95 % interval {each.bracket}"
             if math.isnan(each.needed):
                 note = outside(mean_curve(curves[size][recipe]), each.level)
                 if not judged:
@@ -124,15 +125,10 @@ def _findings(settings: TransferSettings, curves: Curves, savings: Savings) -> l
                         value=each.interval.low,
                         low=math.nextafter(1.0, math.inf),
                         high=math.inf,
-                        note="over the seeds, and to be above 1: the baseline saves nothing",
+                        note="must be above 1, the ratio of a recipe that saves nothing",
                     )
                 )
     return found
-
-
-def _interval(found: Saving) -> str:
-    low, high = found.interval.low, found.interval.high
-    return "not known" if math.isnan(low) else f"[{low:.2f}, {high:.2f}]"
 
 
 def _ratio_table(savings: Savings) -> Table:
@@ -141,14 +137,15 @@ def _ratio_table(savings: Savings) -> Table:
         for recipe, each in by_recipe.items():
             ratio = "-" if math.isnan(each.needed) else f"{each.ratio:.2f}"
             tokens = f"{2**each.reference:,.0f}"
-            rows.append((f"{size}, {recipe}", ratio, _interval(each), tokens, f"{each.level:.4f}"))
+            rows.append((f"{size}, {recipe}", ratio, each.bracket, tokens, f"{each.level:.4f}"))
     return Table(
         title="Tokens at equal loss",
         header=("size, recipe", "ratio", "95 % interval", "at tokens", "at loss"),
         rows=tuple(rows),
         note=(
             "Tokens of the baseline over those of the recipe at the loss of the baseline, by "
-            "interpolating the recipe's loss linearly over the log of its tokens. Above 1 saves."
+            "interpolating the recipe's loss linearly over the log of its tokens. Above 1 saves. "
+            "Intervals are Student's over the seeds, in the log of the ratio."
         ),
     )
 
@@ -192,17 +189,11 @@ def _settings(runs: TransferRuns, count: int) -> dict[str, str]:
 
 
 def _limits(settings: TransferSettings) -> tuple[str, ...]:
-    count = len(settings.seeds)
     limits = [
         "Interpolation over few durations; a ratio is only given where the loss was reached "
         "between two of them.",
         "The cost of the search is not in the ratio: `search report` has it.",
     ]
-    if count < 2:
+    if len(settings.seeds) < 2:
         limits.append("One seed: there is no interval.")
-    elif count < 6:
-        limits.append(
-            f"The intervals are percentiles of a bootstrap over {count} seeds, so few that they "
-            "cover less than their 95 %."
-        )
     return tuple(limits)

@@ -65,7 +65,7 @@ def _draw_arrow(axes: Axes, found: Saving) -> None:
         arrowprops={"arrowstyle": "->", "color": "#333333", "linewidth": 1.4},
     )
     axes.annotate(
-        f"{found.ratio:.2f}x",
+        f"{found.ratio:.2f}x" + ("" if math.isnan(found.interval.low) else f"\n{found.bracket}"),
         (math.sqrt(start * end), found.level),
         xytext=(0, -4),
         textcoords="offset points",

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from megatron_completedp.config.load import identity
@@ -15,9 +16,9 @@ from megatron_completedp.config.recipe import Recipe, load_recipe
 from megatron_completedp.config.run import RunConfig
 from megatron_completedp.errors import ConfigError
 from megatron_completedp.plan.run_plan import Plan
-from megatron_completedp.search.heldout import check_seeds, on_heldout
+from megatron_completedp.search.heldout import check_seeds, check_unseen, on_heldout
 from megatron_completedp.search.transfer_settings import SizeSettings, TransferSettings
-from megatron_completedp.study.fit import Interval, bootstrap, mean_curve
+from megatron_completedp.study.fit import Interval, mean_curve, mean_interval
 from megatron_completedp.study.points import as_point, numbers_hash
 from megatron_completedp.study.sizes import Axis, moved
 from megatron_completedp.study.tasks import Point
@@ -42,6 +43,8 @@ class TransferRuns:
         self._recipes = {
             name: _recipe(self.base, name, path) for name, path in settings.recipes.items()
         }
+        for name, each in self._recipes.items():
+            check_unseen(each.provenance, settings.heldout, settings.recipes[name])
         # The first run of every point of a search has the base's seed.
         had = [base.seed, *(s for one in self._recipes.values() for s in one.provenance.seeds)]
         check_seeds(settings.seeds, had)
@@ -150,28 +153,38 @@ class Saving:
     needed: float
     """log2 of the tokens that the recipe needs; NaN outside of what was trained."""
     interval: Interval
-    """Of the ratio, over seeds."""
+    """Of the ratio, Student's over seeds; NaN where one seed has no ratio of its own."""
 
     @property
     def ratio(self) -> float:
         """Tokens of the baseline over those of the recipe; above 1 saves."""
         return float(2.0 ** (self.reference - self.needed))
 
+    @property
+    def bracket(self) -> str:
+        """The interval as text."""
+        low, high = self.interval.low, self.interval.high
+        return "not known" if math.isnan(low) else f"[{low:.2f}, {high:.2f}]"
+
 
 def saving(baseline: Sequence[Curve], recipe: Sequence[Curve], reference: float) -> Saving:
     """The tokens saved at the loss of `baseline` after 2^reference tokens.
 
-    Curves are per seed, in the same order; the interval resamples the seeds of both together, since
-    they share their data and initial weights.
+    The ratio is that of the mean curves. Curves are per seed, in the same order, and a seed's pair
+    shares its data and initial weights: the interval is as wide, in logs, as Student's of the mean
+    of the ratios that the seeds have one by one.
     """
-
-    def log_ratio(seeds: Sequence[int]) -> tuple[float, float]:
-        level = mean_curve([baseline[seed] for seed in seeds])[reference]
-        return level, log_tokens_at(mean_curve([recipe[seed] for seed in seeds]), level)
-
-    level, needed = log_ratio(range(len(baseline)))
-    interval = bootstrap(len(baseline), lambda seeds: 2.0 ** (reference - log_ratio(seeds)[1]))
-    return Saving(level, reference, needed, interval)
+    level = mean_curve(baseline)[reference]
+    needed = log_tokens_at(mean_curve(recipe), level)
+    by_seed = [
+        reference - log_tokens_at(ours, theirs[reference])
+        for theirs, ours in zip(baseline, recipe, strict=True)
+    ]
+    own = mean_interval(by_seed)
+    shift = reference - needed - fmean(by_seed)
+    return Saving(
+        level, reference, needed, Interval(2.0 ** (own.low + shift), 2.0 ** (own.high + shift))
+    )
 
 
 def log_tokens_at(curve: Curve, level: float) -> float:

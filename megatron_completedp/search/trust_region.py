@@ -70,6 +70,8 @@ class TrustRegionSampler(optuna.samplers.BaseSampler):
             its bounds (no change, for log multipliers), else in the middle of its bounds.
         radius: start radius of each coordinate, or one for all; in natural logarithms for a
             parameter with `log=True` and for log multipliers. 0.5 is a factor of 1.65.
+        kinds: of each coordinate, for the linear model: it learns from the coordinates of a kind
+            together how much they matter. By default all are of one.
         floor: least radius of the widest coordinate, in the same unit; 0.02 is 2 %.
         subset: share of the coordinates that a child moves, at least one. A model learns most from
             children that move all. Without a linear step take a quarter: a child that moves few can
@@ -84,11 +86,12 @@ class TrustRegionSampler(optuna.samplers.BaseSampler):
         space: Mapping[str, FloatDistribution] | None = None,
         start: Mapping[str, float] | None = None,
         radius: float | Mapping[str, float] = 0.5,
+        kinds: Mapping[str, str] | None = None,
         floor: float = 0.02,
         subset: float = 1.0,
         **rules: Any,
     ) -> None:
-        """See the class. Raises ConfigError for a value that cannot be meant."""
+        """See the class. Raises ConfigError for a value outside its range."""
         if unknown := sorted(set(rules) - set(_RULES)):
             message = f"trust region: no setting {', '.join(unknown)}"
             raise ConfigError(f"{message}; there are {', '.join(sorted(_RULES))}")
@@ -106,6 +109,7 @@ class TrustRegionSampler(optuna.samplers.BaseSampler):
         self._space = None if space is None else dict(space)
         self._start = dict(start or {})
         self._radius = radius
+        self._kinds = dict(kinds or {})
         self._floor = floor
         self._subset = subset
         self._rules = Rules(**rules)
@@ -237,8 +241,8 @@ class TrustRegionSampler(optuna.samplers.BaseSampler):
     ) -> dict[str, float]:
         """From the incumbent down a linear model of the children near it, in their region.
 
-        As long as a typical child's way from its centre, or shorter where a coordinate would leave
-        the region.
+        As long as a typical child's step, sqrt(coordinates moved / 3) in radii; each coordinate is
+        clipped to the region.
         """
         (incumbent,) = tag["centre"]
         start, scale = _params(axes, trials, incumbent), tag["scale"]
@@ -281,15 +285,19 @@ class TrustRegionSampler(optuna.samplers.BaseSampler):
         if not drawn:
             return np.zeros(len(axes))
         regions = sorted({region for _, region, _ in drawn})
+        kinds = sorted({axis.kind for axis in axes.values()})
         return descent(
             np.array([point for *_, point in drawn]),
             np.array([loss for loss, *_ in drawn]),
             np.array([regions.index(region) for _, region, _ in drawn]),
+            np.array([kinds.index(axis.kind) for axis in axes.values()]),
         )
 
     def axes(self, space: Mapping[str, BaseDistribution]) -> dict[str, Axis]:
         """The float parameters of `space` that can vary, as they are searched."""
-        return axes_of(space, start=self._start, radius=self._radius, floor=self._floor)
+        return axes_of(
+            space, start=self._start, radius=self._radius, kinds=self._kinds, floor=self._floor
+        )
 
     def _searched(self, space: Mapping[str, BaseDistribution]) -> dict[str, Axis]:
         return self.axes(space) if self._axes is None else self._axes

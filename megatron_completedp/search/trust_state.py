@@ -79,9 +79,13 @@ class Rules:
     cliff: float = 1.0
     """Nats above the incumbent from which a run ranks last and is never averaged: its value says
     that something broke, not how good the point is. inf to average everything that is finite."""
+    allowance: float = 1.0
+    """Standard errors of a difference between two single runs on equal seeds that a run may lie
+    above the incumbent and still be a success, and a step still challenge. Without it noise alone,
+    or one lucky run of the start, narrows the region until nothing in it can be told apart."""
     success_rate: float = 0.2
-    """Share of a round's children below the incumbent from which the region widens: the 1/5 rule
-    of evolution strategies."""
+    """Share of a round's children that are successes from which the region widens: the 1/5 rule of
+    evolution strategies."""
     widen: float = 1.5
     """Factor on the scale after a round at or above `success_rate`; 1 for a region that stays."""
     narrow: float = 1.5
@@ -117,11 +121,11 @@ class Round:
     scale: float
     """Scale of the region while it was drawn."""
     successes: int
-    """Children below the incumbent, of those drawn from the present region."""
+    """Children not above the incumbent by more than the allowance, of the voters."""
     voters: int
     """Children drawn from the present region."""
     challenger: int | None
-    """The step or the best child, where it was below the incumbent."""
+    """The step, where it was no worse than the allowance, or the best child below the incumbent."""
     accepted: bool
     """Whether the challenger became the incumbent."""
     restarted: bool
@@ -185,6 +189,11 @@ class _Books:
             return start.get(0, self.mean(START))
         moved = [own[seed] + start[0] - start[seed] for seed in own if {0, seed} <= start.keys()]
         return sum(moved) / len(moved) if moved else self.mean(incumbent)
+
+    def allowance(self) -> float:
+        """Nats that a run may lie above `bar` by noise; 0 while the noise is not known."""
+        deviation = self.noise.paired().deviation
+        return self.rules.allowance * math.sqrt(2) * deviation if math.isfinite(deviation) else 0.0
 
     def enter(self, point: int, replicate: int, loss: float) -> None:
         """Adds a run of `point`, unless it diverged."""
@@ -252,6 +261,7 @@ def fold(runs: Sequence[Run], rules: Rules) -> State:
         if wanted or any((run.point, 0) not in books.ended for run in batch):
             break
         bar = books.bar(incumbent)
+        lenient = bar + books.allowance()
         ranked = sorted((books.ended[run.point, 0], run.point) for run in batch)
         proposed_elsewhere = {run.point for run in batch if run.centre is None}
         step = step_after(len(rounds))
@@ -259,17 +269,17 @@ def fold(runs: Sequence[Run], rules: Rules) -> State:
             wanted = ((step, 0),)
             break
         # A child was the lowest of many, by luck too: it only challenges where no step does.
-        candidates = ranked[:1]
+        candidates = [(*ranked[0], bar)]
         if rules.linear_step:
-            given = [entry for entry in ranked if entry[1] in proposed_elsewhere]
-            candidates = [min([(books.ended[step, 0], step), *given]), *candidates]
-        challenger = next((point for loss, point in candidates if loss < bar), None)
+            given = [(*entry, bar) for entry in ranked if entry[1] in proposed_elsewhere]
+            candidates = [min([(books.ended[step, 0], step, lenient), *given]), *candidates]
+        challenger = next((point for loss, point, limit in candidates if loss < limit), None)
         verdict = challenger is not None and books.challenge(challenger, incumbent)
         if isinstance(verdict, tuple):
             wanted = verdict
             break
         voters = [run for run in batch if (run.centre, run.scale) == (centre, scale)]
-        successes = sum(books.ended[run.point, 0] < bar for run in voters)
+        successes = sum(books.ended[run.point, 0] < lenient for run in voters)
         at_floor = scale <= rules.floor and bool(voters) and not verdict
         stalled = stalled + 1 if at_floor else 0
         restarted = 0 < rules.stall <= stalled

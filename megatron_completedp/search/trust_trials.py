@@ -85,7 +85,7 @@ class Reader:
             if retry_of is None and TAG in trial.system_attrs and trial.state.is_finished():
                 self._known[number] = (trial, run)
         own = slot_of.get(without, slots)
-        # What failed before `without` retries it is no run of its own.
+        # Earlier failed tries of the trial left out have its slot; they are no runs of their own.
         runs.pop(own, None)
         return Trials(list(runs.values()), by_slot, own)
 

@@ -29,7 +29,7 @@ from optuna.distributions import BaseDistribution, FloatDistribution
 from optuna.trial import FrozenTrial, TrialState
 
 from megatron_completedp.search.trust_region import TrustRegionSampler
-from megatron_completedp.search.trust_trials import DIVERGED
+from megatron_completedp.search.trust_trials import DIVERGED, Reader
 
 #: Side of the box, in units of the bounds: at the start, the largest, and below which it restarts.
 SIDE, LARGEST, LEAST = 0.8, 1.6, 0.5**7
@@ -77,7 +77,8 @@ class TurboSampler(optuna.samplers.BaseSampler):
     """TuRBO-1 over the float parameters of `space`, for one objective; others are drawn at random.
 
     Args:
-        seed: of the initial design and the samples; a proposal is drawn by (seed, trial number).
+        seed: of the initial design and the samples; a proposal is drawn by (seed, slot), as that of
+            the trust region, so that repetitions of lost trials change nothing.
         space: the float parameters.
         start: the first point, as for `TrustRegionSampler`.
         start_runs: size of the initial design after each restart; by default twice the number of
@@ -126,17 +127,18 @@ class TurboSampler(optuna.samplers.BaseSampler):
         losses = _losses(done, sign)
         # One coordinate needs more than one failure to be given up.
         state = box(losses, self._start_runs, failures=max(4, len(self._axes)))
+        slot = Reader().read(study, self._axes.keys(), without=trial.number).own
         points = np.array([self._unit(other.params) for other in done[state.first :]])
-        if not trial.number:
+        if not slot:
             unit = self._unit({name: axis.value(axis.start) for name, axis in self._axes.items()})
         elif len(points) < self._start_runs:
             sobol = torch.quasirandom.SobolEngine(
                 len(self._axes), scramble=True, seed=self._seed + state.restarts
             )
-            # By trial number, so that workers that ask at the same time get different points.
-            unit = sobol.draw(trial.number + 1)[-1].double().numpy()
+            # By slot, so that workers that ask at the same time get different points.
+            unit = sobol.draw(slot + 1)[-1].double().numpy()
         else:
-            unit = self._thompson(points, np.array(losses[state.first :]), state, trial.number)
+            unit = self._thompson(points, np.array(losses[state.first :]), state, slot)
         return {
             name: axis.value(axis.low + float(share) * (axis.high - axis.low))
             for (name, axis), share in zip(self._axes.items(), unit, strict=True)
@@ -161,7 +163,7 @@ class TurboSampler(optuna.samplers.BaseSampler):
         )
 
     def _thompson(
-        self, points: np.ndarray, losses: np.ndarray, state: Box, number: int
+        self, points: np.ndarray, losses: np.ndarray, state: Box, slot: int
     ) -> np.ndarray:
         x = torch.from_numpy(points)
         # A sample is chosen where it is highest; the model wants unit variance.
@@ -172,7 +174,7 @@ class TurboSampler(optuna.samplers.BaseSampler):
         centre = x[y.argmax()]
         low = (centre - weights * state.side / 2).clamp(0, 1)
         high = (centre + weights * state.side / 2).clamp(0, 1)
-        generator = torch.Generator().manual_seed(self._seed * 1_000_003 + number)
+        generator = torch.Generator().manual_seed(self._seed * 1_000_003 + slot)
         shape = (self._candidates, len(centre))
         inside = low + (high - low) * torch.rand(shape, generator=generator, dtype=x.dtype)
         # The paper moves about 20 coordinates of each candidate, at least one.
@@ -181,7 +183,7 @@ class TurboSampler(optuna.samplers.BaseSampler):
         moved.scatter_(1, one, True)
         options = torch.where(moved, inside, centre)
         with torch.random.fork_rng(), torch.no_grad():
-            torch.manual_seed(self._seed * 1_000_003 + number)
+            torch.manual_seed(self._seed * 1_000_003 + slot)
             sampling = MaxPosteriorSampling(model, replacement=False)
             return sampling(options, num_samples=1)[0].numpy()
 

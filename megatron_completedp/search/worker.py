@@ -9,37 +9,24 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack, nullcontext
 from ctypes import c_bool
-from dataclasses import dataclass
 from functools import partial
 from multiprocessing.sharedctypes import RawValue
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import optuna
-
-from megatron_completedp.config.load import build, load_config, to_tree
+from megatron_completedp.config.load import build, to_tree
 from megatron_completedp.data.claims import claim
-from megatron_completedp.errors import CompletedPError, ConfigError
-from megatron_completedp.search.heldout import text_of
-from megatron_completedp.search.objective import Facts, Objective
+from megatron_completedp.errors import CompletedPError
+from megatron_completedp.search.access import Search
+from megatron_completedp.search.objective import Facts
+from megatron_completedp.search.outage import heartbeat, persist
 from megatron_completedp.search.progress import Progress
 from megatron_completedp.search.pruning import Pruner
 from megatron_completedp.search.queue import Queue, Taken
-from megatron_completedp.search.samplers import make_sampler, resolved_options
-from megatron_completedp.search.settings import DATABASE_FILE, SearchSettings, database_url
-from megatron_completedp.search.space import Space
-from megatron_completedp.search.storage import (
-    check_identity,
-    connect,
-    heartbeat,
-    load_study,
-    open_study,
-    persist,
-)
+from megatron_completedp.search.settings import SearchSettings
 from megatron_completedp.search.trust_state import Rules
 from megatron_completedp.study.crew import (
     POLL_S,
@@ -53,82 +40,6 @@ from megatron_completedp.study.crew import (
 )
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Search:
-    """A search and its folder."""
-
-    settings: SearchSettings
-    out: Path
-
-    def objective(self) -> Objective:
-        """The runs of its trials. Raises ConfigError for a base run that cannot be searched."""
-        return Objective.of(self.settings, load_config(self.settings.run), self.out)
-
-    def identity(self) -> dict[str, Any]:
-        """What the study's values mean, and how its trials are proposed."""
-        settings = self.settings
-        proposals = {
-            "sampler": settings.sampler,
-            "options": resolved_options(settings.sampler, settings.sampler_options),
-            "seed": settings.seed,
-            "prune": settings.prune,
-        }
-        return {**self.objective().identity, "proposals": proposals}
-
-    def join(self, worker: str, stop: Stop) -> Queue:
-        """The trials of the study, which is made if it does not exist, for the worker of this name.
-
-        Raises ConfigError for a study that is another search, DatabaseUnreachable for none.
-        """
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
-        settings, objective = self.settings, self.objective()
-        sampler = _sampler(settings, objective.space)
-        sampler(0)  # what is wrong with it is said before anything is begun
-        identity, text = self.identity(), text_of(objective.base)
-        # The trust region runs the start by itself, several times; the others do not know it.
-        start = dict.fromkeys(objective.space.names, 0.0)
-        first = None if settings.sampler == "trust_region" else start
-
-        self.out.mkdir(parents=True, exist_ok=True)
-
-        def enter() -> Queue:
-            storage = connect(database_url(settings, self.out), settings.database, self.out)
-            study = open_study(
-                storage, settings.name, self.out, identity=identity, text=text, first=first
-            )
-            return Queue(
-                study=study,
-                storage=storage,
-                sampler=sampler,
-                objective=objective,
-                out=self.out,
-                trials=settings.trials,
-                retries=settings.retries,
-                worker=worker,
-            )
-
-        return persist(enter, settings.database, stop)
-
-
-def read(search: Search) -> optuna.Study:
-    """The search's study with its sampler, to be read.
-
-    Raises ConfigError when there is none, and for one that is another search.
-    """
-    settings, file = search.settings, search.out / DATABASE_FILE
-    if not settings.database.url and not file.exists():
-        raise ConfigError(f"there is no {file}; start the search with `run`, or correct --out.")
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    url = database_url(settings, search.out)
-    study = persist(
-        lambda: load_study(connect(url, settings.database, search.out), settings.name),
-        settings.database,
-    )
-    check_identity(study, search.identity())
-    study.sampler = _sampler(settings, search.objective().space)(0)
-    return study
 
 
 def run(search: Search) -> None:
@@ -162,6 +73,14 @@ def run(search: Search) -> None:
         patience=workers * (settings.retries + 1),
     )
     crew.run(Progress(queue, settings.database).look)
+    trials = persist(lambda: queue.study.get_trials(deepcopy=False), settings.database)
+    if lost := queue.given_up(trials):
+        logger.warning(
+            "%d trials have no result, since each of their %d tries was lost: %s; see the logs",
+            len(lost),
+            settings.retries + 1,
+            ", ".join(map(str, lost)),
+        )
 
 
 def work(search: Search) -> None:
@@ -233,33 +152,3 @@ def _pruner(queue: Queue, taken: Taken) -> Pruner:
     _, config = next(iter(runs))
     trials = queue.study.get_trials(deepcopy=False)
     return Pruner(Path(config.run_dir), steps=config.steps, trials=trials)
-
-
-def _sampler(
-    settings: SearchSettings, space: Space
-) -> Callable[[int], optuna.samplers.BaseSampler]:
-    """The sampler for the trial of a slot.
-
-    Ours draws by slot itself, and a Sobol sequence (TuRBO's first trials are one, too) is one for
-    all trials. The others carry random numbers from one proposal to the next; they are made anew
-    for each trial, with a seed of its own, so that no two workers draw the same.
-    """
-    kept: dict[int, optuna.samplers.BaseSampler] = {}
-
-    def of(slot: int) -> optuna.samplers.BaseSampler:
-        one = settings.sampler in ("trust_region", "qmc", "turbo")
-        seed = settings.seed
-        if not one:
-            seed = int(np.random.SeedSequence([seed, slot]).generate_state(1)[0])
-        if seed not in kept:
-            kept.clear()
-            kept[seed] = make_sampler(
-                settings.sampler,
-                seed=seed,
-                space=space.distributions(),
-                radius={item.name: item.radius for item in space.dimensions},
-                settings=settings.sampler_options,
-            )
-        return kept[seed]
-
-    return of

@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean, variance
 
 import numpy as np
+from scipy import stats
 
 #: Resamples of the bootstrap. The quantiles of an interval from few seeds are no finer than this.
 RESAMPLES = 1000
@@ -124,13 +126,31 @@ def optimum(curve: Mapping[float, float], *, window: float) -> Optimum:
 
 @dataclass(frozen=True)
 class Interval:
-    """A 95 % bootstrap interval; NaN where too many resamples had no value."""
+    """A 95 % interval; NaN where there is none."""
 
     low: float
     high: float
 
     def __str__(self) -> str:
         return "-" if math.isnan(self.low) else f"[{self.low:+.2f}, {self.high:+.2f}]"
+
+
+def student(value: float, squared_error: float, freedom: float) -> Interval:
+    """The interval of an estimate whose squared standard error has `freedom` degrees of freedom.
+
+    NaN for an error that is not finite, as of units that diverged.
+    """
+    if not (math.isfinite(squared_error) and freedom > 0):
+        return Interval(math.nan, math.nan)
+    reach = float(stats.t.ppf(QUANTILES[1], freedom)) * math.sqrt(squared_error)
+    return Interval(value - reach, value + reach)
+
+
+def mean_interval(units: Sequence[float]) -> Interval:
+    """Student's interval of the mean of independent `units`; NaN below two, or not finite ones."""
+    if len(units) < 2 or not all(map(math.isfinite, units)):
+        return Interval(math.nan, math.nan)
+    return student(fmean(units), variance(units) / len(units), len(units) - 1)
 
 
 def bootstrap(seeds: int, statistic: Callable[[Sequence[int]], float]) -> Interval:

@@ -26,9 +26,10 @@ from _pytest.outcomes import Skipped
 from optuna.distributions import FloatDistribution
 
 from megatron_completedp.search.objective import Facts, Objective
+from megatron_completedp.search.outage import heartbeat
 from megatron_completedp.search.queue import Queue
 from megatron_completedp.search.settings import DatabaseSettings
-from megatron_completedp.search.storage import connect, heartbeat, open_study
+from megatron_completedp.search.storage import connect, open_study
 from tests import postgres
 
 PARAMETERS, TRIALS = 79, 150

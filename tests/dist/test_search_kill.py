@@ -21,7 +21,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from megatron_completedp.config.load import build
 from megatron_completedp.search.settings import SearchSettings
-from megatron_completedp.search.worker import Search, read
+from megatron_completedp.search.access import Search, read
 from tests import postgres
 from tests.dist.search_lives import RUN, STEP_S, STEPS
 

@@ -20,11 +20,11 @@ from optuna.trial import FrozenTrial, TrialState
 from megatron_completedp.config.load import build, load_config
 from megatron_completedp.config.recipe import load_recipe
 from megatron_completedp.errors import REQUEUE_EXIT_CODE
+from megatron_completedp.search.access import Search, read
 from megatron_completedp.search.settings import SearchSettings
-from megatron_completedp.search.worker import Search, read
 from megatron_completedp.study.points import outcome
 
-from .train_runs import ROOT, make_corpus, write_run
+from .train_runs import ROOT, make_corpus, make_heldout, write_run
 
 TRIALS = 4
 
@@ -34,15 +34,13 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """search.yaml of four trials, its run and its text; the split to report on is the other one."""
     folder = tmp_path_factory.mktemp("search")
     corpus = make_corpus(folder / "corpus")
-    for suffix in ("bin", "idx", "json"):
-        (folder / f"heldout.{suffix}").write_bytes((corpus / f"valid.{suffix}").read_bytes())
     write_run(folder / "run", corpus)
     file = folder / "search.yaml"
     tree = {
         "run": "run.yaml",
         "trials": TRIALS,
         "workers": 2,
-        "heldout": [str(folder / "heldout")],
+        "heldout": [str(make_heldout(corpus))],
         "sampler_options": {"start_replicates": 2, "round_size": 2},
     }
     file.write_text(yaml.safe_dump(tree))

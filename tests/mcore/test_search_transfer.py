@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,15 @@ import pytest
 import yaml
 
 from megatron_completedp.config.load import load_config
-from megatron_completedp.config.recipe import Recipe, save_recipe
+from megatron_completedp.config.recipe import Provenance, Recipe, save_recipe
+from megatron_completedp.data.manifest import text_hashes
+from megatron_completedp.errors import ConfigError
+from megatron_completedp.search.heldout import check_heldout, check_unseen
 from megatron_completedp.search.space import Space
+from megatron_completedp.search.transfer_runs import TransferRuns
+from megatron_completedp.search.transfer_settings import SizeSettings, TransferSettings
 
-from .train_runs import ROOT, make_corpus, write_run
+from .train_runs import ROOT, make_corpus, make_heldout, write_run
 
 TRIALS = 4
 
@@ -48,8 +54,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """base.yaml (10 steps), its data with a held-out split, and search.yaml."""
     folder = tmp_path_factory.mktemp("search")
     corpus = make_corpus(folder / "data")
-    for file in corpus.glob("valid.*"):
-        shutil.copy(file, corpus / f"heldout{file.suffix}")
+    heldout = make_heldout(corpus)
     write_run(folder / "base", corpus, training__train_steps=10)
     write(
         folder / "search.yaml",
@@ -59,7 +64,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "level": "types",
             "trials": TRIALS,
             "workers": 2,
-            "heldout": [str(corpus / "heldout")],
+            "heldout": [str(heldout)],
         },
     )
     return folder
@@ -118,7 +123,7 @@ def test_held_points_are_trained_again_to_be_compared(searched: Path, folder: Pa
             "runs": 5,
             "repeats": 3,
             "seeds": [1],
-            "heldout": [str(folder / "data" / "heldout")],
+            "heldout": [str(folder / "data" / "other" / "valid")],
             "workers": 2,
         },
     )
@@ -146,7 +151,7 @@ def transferred(folder: Path) -> tuple[Path, Path]:
                 "proxy": {"durations": [1, 2], "reference": 2},
                 "target": {"depth": 0.5, "batch": 2, "durations": [2, 4], "reference": 4},
             },
-            "heldout": [str(folder / "data" / "heldout")],
+            "heldout": [str(folder / "data" / "other" / "valid")],
             "seeds": [1],
             "workers": 2,
         },
@@ -167,7 +172,7 @@ def test_recipes_are_trained_at_every_size_and_duration(transferred: tuple[Path,
         run = out / "runs" / row["id"]
         metrics = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         assert json.loads(metrics[-1])["loss"] == row["loss"] < math.log(512)
-        assert load_config(run.with_suffix(".yaml")).data.valid[0].endswith("heldout")
+        assert load_config(run.with_suffix(".yaml")).data.valid[0].endswith("other/valid")
     for name in ("report.html", "tokens.png", "tokens.svg"):
         assert (out / name).stat().st_size > 1000
 
@@ -178,3 +183,29 @@ def test_a_finished_transfer_study_trains_nothing_again(transferred: tuple[Path,
     text = search("transfer", config)
     assert (out / "results.jsonl").read_bytes() == before
     assert "tokens of global over those of recipe, target" in text
+
+
+def test_a_copy_of_what_trials_had_is_no_heldout_text(folder: Path, tmp_path: Path) -> None:
+    """Under another name, by its hash; and whatever the search behind a recipe had."""
+    corpus, base = folder / "data", load_config(folder / "base.yaml")
+    for file in corpus.glob("valid.*"):
+        shutil.copy(file, tmp_path / f"copy{file.suffix}")
+    copy, other = str(tmp_path / "copy"), str(corpus / "other" / "valid")
+    check_heldout(base.data, (other,))
+    with pytest.raises(ConfigError, match=f"heldout has {copy}, whose tokens"):
+        check_heldout(base.data, (other, copy))
+    provenance = Provenance(data={"old/valid": text_hashes([copy])[copy]})
+    check_unseen(provenance, (other,), "recipe.yaml")
+    with pytest.raises(ConfigError, match=r"copy, .* behind recipe\.yaml .* as old/valid"):
+        check_unseen(provenance, (copy,), "recipe.yaml")
+    save_recipe(tmp_path / "r.yaml", Recipe.of(base, "types", replace(provenance, seeds=(5,))))
+    settings = TransferSettings(
+        run=str(folder / "base.yaml"),
+        recipes={"global": "", "recipe": str(tmp_path / "r.yaml")},
+        sizes={"proxy": SizeSettings(durations=(1, 2), reference=1)},
+        heldout=(copy,),
+        seeds=(1,),
+    )
+    unseen = replace(base, data=replace(base.data, valid=(other,)))
+    with pytest.raises(ConfigError, match=r"behind .*r\.yaml trained on or chose by"):
+        TransferRuns(settings, unseen, tmp_path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -39,6 +40,15 @@ def make_corpus(folder: Path) -> Path:
     """tokenizer.model with 512 ids, and train and valid pairs of 150,000 and 15,000 tokens."""
     quick(folder, QuickSettings(max_mb=0.3, valid_mb=0.03, vocab_size=512))
     return folder
+
+
+def make_heldout(corpus: Path) -> Path:
+    """A pair of other text by the same tokenizer, at the prefix that is returned."""
+    folder = corpus / "other"
+    folder.mkdir()
+    shutil.copy(corpus / "tokenizer.model", folder)
+    quick(folder, QuickSettings(max_mb=0.15, valid_mb=0.05, vocab_size=512))
+    return folder / "valid"
 
 
 def write_run(run_dir: Path, corpus: Path, **changes: Any) -> Path:

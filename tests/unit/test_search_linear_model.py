@@ -14,7 +14,7 @@ optuna = pytest.importorskip("optuna")
 from optuna.distributions import FloatDistribution  # noqa: E402
 from optuna.trial import create_trial  # noqa: E402
 
-from megatron_completedp.search.linear_model import descent  # noqa: E402
+from megatron_completedp.search import linear_model  # noqa: E402
 from megatron_completedp.search.trust_region import TrustRegionSampler  # noqa: E402
 from megatron_completedp.search.trust_state import (  # noqa: E402
     START,
@@ -24,6 +24,14 @@ from megatron_completedp.search.trust_state import (  # noqa: E402
     step_after,
 )
 from megatron_completedp.search.trust_trials import REPLICATE, TAG, Trials  # noqa: E402
+
+
+def descent(
+    points: np.ndarray, losses: np.ndarray, groups: np.ndarray, kinds: np.ndarray | None = None
+) -> np.ndarray:
+    """With all coordinates of one kind unless `kinds` are given."""
+    one = np.zeros(points.shape[1], dtype=np.int64)
+    return linear_model.descent(points, losses, groups, one if kinds is None else kinds)
 
 
 def cosine(direction: np.ndarray, slope: np.ndarray) -> float:
@@ -39,6 +47,25 @@ def test_the_direction_is_that_of_steepest_descent() -> None:
     # Noise as large as what the slope does: still downhill.
     noisy = points @ slope + generator.normal(size=60) * (points @ slope).std()
     assert cosine(descent(points, noisy, np.zeros(60, dtype=np.int64)), slope) > 0.6
+
+
+def test_kinds_that_matter_are_told_from_those_that_do_not() -> None:
+    """Where 8 of 64 coordinates matter, knowing them for a kind finds more of the slope."""
+    told, untold, mistold = [], [], []
+    for seed in range(4):
+        generator = np.random.default_rng(seed)
+        points, slope = generator.uniform(-1, 1, (48, 64)), np.zeros(64)
+        slope[:8] = generator.normal(size=8)
+        losses = points @ slope + 0.5 * generator.normal(size=48)
+        kinds, groups = np.arange(64) // 8, np.zeros(48, dtype=np.int64)
+        told.append(cosine(descent(points, losses, groups, kinds), slope))
+        untold.append(cosine(descent(points, losses, groups), slope))
+        # Negative control: kinds that mean nothing do not tell.
+        shuffled = generator.permutation(kinds)
+        mistold.append(cosine(descent(points, losses, groups, shuffled), slope))
+    assert min(told) > 0.95
+    assert np.mean(untold) < 0.8
+    assert np.mean(mistold) < np.mean(told) - 0.02
 
 
 def test_what_a_group_of_runs_has_in_common_is_no_slope() -> None:

@@ -56,7 +56,7 @@ def test_the_loss_at_a_step_is_a_mean_over_a_tenth_of_the_run() -> None:
 
 def test_a_pruned_trial_is_called_so_and_its_save_goes(tmp_path: Path) -> None:
     pruned = trial(5.0, state=TrialState.PRUNED, value=None, user_attrs={"seconds": 3.0})
-    assert line(pruned)[1] == "pruned  (3 s)"
+    assert line(pruned) == f"trial {pruned.number} pruned  (3 s)"
     save = tmp_path / "checkpoints" / "step_00000005"
     save.mkdir(parents=True)
     (tmp_path / "metrics.jsonl").write_text("{}\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -13,16 +14,17 @@ pytest.importorskip("optuna")
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
-from search_samples import COST, facts, objective, queue, write_run
+from search_samples import COST, facts, objective, queue, settings, write_run
 
 from megatron_completedp.config.load import to_yaml
 from megatron_completedp.errors import ConfigError
+from megatron_completedp.search.access import sampler_by_slot
 from megatron_completedp.search.objective import Facts
+from megatron_completedp.search.outage import heartbeat
 from megatron_completedp.search.proposal import propose
 from megatron_completedp.search.queue import Queue, begun
 from megatron_completedp.search.samplers import make_sampler
 from megatron_completedp.search.settings import DatabaseSettings
-from megatron_completedp.search.storage import heartbeat
 
 
 def take(one: Queue, held: ExitStack) -> int:
@@ -286,6 +288,31 @@ def test_one_write_proposes_what_optuna_would(tmp_path: Path, sampler: str) -> N
     for kept, expected in zip(trials(one), oracle.trials, strict=True):
         assert kept.params == expected.params
         assert kept.distributions == expected.distributions
+
+
+@pytest.mark.parametrize("name", ["trust_region", "random", "qmc", "tpe", "gp", "turbo"])
+def test_a_lost_trial_changes_no_later_point(tmp_path: Path, name: str) -> None:
+    """One worker that dies in its trials 0 and 4 proposes what it would have undisturbed."""
+    if name == "turbo":
+        pytest.importorskip("botorch")
+    proposed = []
+    for kills in ((), (0, 4)):
+        one = queue(tmp_path / f"{len(kills)}", trials=8)
+        one = replace(one, sampler=sampler_by_slot(settings(sampler=name), one.objective.space))
+        points: list[Mapping[str, float]] = []
+        left = list(kills)
+        while not one.finished():
+            with ExitStack() as held:
+                taken = one.take(held)
+                assert taken is not None
+                if len(points) in left:
+                    left.remove(len(points))
+                    continue
+                points.append(taken.params)
+                one.complete(taken, facts(3.0 + sum(value**2 for value in taken.params.values())))
+        assert states(one).count("FAIL") == len(kills)
+        proposed.append(points)
+    assert proposed[0] == proposed[1]
 
 
 def test_a_point_enqueued_by_hand_is_what_it_was_given(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from optuna.trial import TrialState
 
 from megatron_completedp.errors import ConfigError, DataError
 from megatron_completedp.search import compare_report
+from megatron_completedp.search.access import Search
 from megatron_completedp.search.compare_settings import CompareSettings
 from megatron_completedp.search.held_points import HeldPoints
 from megatron_completedp.search.history import Estimate, History
@@ -25,7 +26,6 @@ from megatron_completedp.search.report import _changes_table, report
 from megatron_completedp.search.report_figures import Cell, cell, profiles, short
 from megatron_completedp.search.surrogate import synthetic
 from megatron_completedp.search.trials_file import FILE, read_export
-from megatron_completedp.search.worker import Search
 from megatron_completedp.study.page import write_report
 from megatron_completedp.study.report import Report
 from tests.search_report_samples import NOISE, RUN, finished_study, search, surrogate_of
@@ -126,7 +126,7 @@ def test_an_estimate_of_one_chosen_run_has_no_interval(tmp_path: Path) -> None:
     assert best.mean == min(well)
     result = made(of)
     assert not result.passed
-    assert "start was not run" in result.findings[0].note
+    assert "the base run is no trial" in result.findings[0].note
 
 
 def test_a_dimension_on_its_bound_is_named_first(trust: tuple[Search, optuna.Study]) -> None:

@@ -66,7 +66,7 @@ def test_the_study_is_in_the_output_folder_unless_a_url_is_given() -> None:
         ({"sampler_options": {"rounds": 3}}, "no setting rounds"),
         ({"sampler_options": {"round_size": 2.5}}, r"round_size=2\.5 must be a whole number"),
         # Of the splits, however they are spelt:
-        ({"heldout": ["valid"]}, "heldout has valid, which data.train or data.valid"),
+        ({"heldout": ["valid"]}, "heldout has valid, whose tokens data.train or data.valid"),
         ({"heldout": ["other", "./train"]}, "heldout has ./train, which"),
     ],
 )
@@ -151,10 +151,10 @@ def test_points_differ_by_their_numbers_alone(tmp_path: Path) -> None:
 
 def test_every_random_proposal_has_a_seed_of_its_own() -> None:
     """Workers of one seed would all propose the same otherwise, and so would a restarted one."""
-    from megatron_completedp.search.worker import _sampler
+    from megatron_completedp.search.access import sampler_by_slot
 
     runs = objective(Path("out"))
-    of = _sampler(settings(sampler="random"), runs.space)
+    of = sampler_by_slot(settings(sampler="random"), runs.space)
     draws = []
     for slot in (0, 1, 0):
         study = optuna.create_study(sampler=of(slot))
@@ -164,11 +164,11 @@ def test_every_random_proposal_has_a_seed_of_its_own() -> None:
 
 @pytest.mark.parametrize("name", ["trust_region", "qmc", "turbo"])
 def test_what_draws_all_trials_from_one_sequence_has_one_seed(name: str) -> None:
-    from megatron_completedp.search.worker import _sampler
+    from megatron_completedp.search.access import sampler_by_slot
 
     if name == "turbo":
         pytest.importorskip("botorch")
-    of = _sampler(settings(sampler=name), objective(Path("out")).space)
+    of = sampler_by_slot(settings(sampler=name), objective(Path("out")).space)
     assert of(0) is of(1)
 
 

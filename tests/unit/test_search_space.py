@@ -18,7 +18,7 @@ from megatron_completedp.core.multipliers import LEVELS, DepthProfiles, Level
 from megatron_completedp.core.roles import Module
 from megatron_completedp.errors import ConfigError, HyperparamError
 from megatron_completedp.plan.run_plan import Plan
-from megatron_completedp.search.dimensions import KINDS
+from megatron_completedp.search.dimensions import KINDS, RESIDUALS
 from megatron_completedp.search.space import Space
 
 
@@ -142,6 +142,47 @@ def test_no_corner_of_the_bounds_brings_a_beta_out_of_its_range(
     ]
     for point in ends:
         resolved(space.apply(config, point))
+
+
+def test_each_level_has_every_point_of_the_one_before() -> None:
+    """At the ends of the bounds too, where type and layers together have no room for both."""
+    config, draw = proxy(), random.Random(2)
+    types, grid, full = (Space.of(config, level) for level in ("types", "types_x_depth", "full"))
+
+    def corner(space: Space) -> dict[str, float]:
+        return {item.name: draw.choice((item.low, item.high)) for item in space.dimensions}
+
+    for _ in range(5):
+        point = corner(types)
+        for finer in (grid, full):
+            assert finer.apply(config, point) == types.apply(config, point)
+        point = corner(grid)
+        alike = {}
+        for name, value in point.items():
+            _, leaf, layer = name.split(".") if name.startswith("depth.") else ("", "", "")
+            if leaf.endswith("_mult") and leaf not in RESIDUALS:
+                inside = (each for each in full.names if each.startswith("layers."))
+                same = [each for each in inside if each.endswith(f".{leaf}.{layer}")]
+                alike |= dict.fromkeys(same, value)
+            else:
+                alike[name] = value
+        ours, theirs = (resolved(s.apply(config, p)) for s, p in ((full, alike), (grid, point)))
+        for one, other in zip(ours.modules, theirs.modules, strict=True):
+            assert one.optimizer_values == pytest.approx(other.optimizer_values)
+            assert one.init_std == pytest.approx(other.init_std)
+        assert ours.residual == theirs.residual
+
+
+def test_the_type_yields_where_it_and_its_layers_exceed_what_a_beta_may_be() -> None:
+    config = proxy()
+    space = Space.of(config, "full")
+    point = {"types.q.one_minus_beta1_mult": 2.2, "layers.q.one_minus_beta1_mult.0": 1.0}
+    moved = space.apply(config, point).multipliers
+    profile = moved.layers[Module.Q].one_minus_beta1_mult
+    assert profile == pytest.approx([math.exp(0.75), *[math.exp(-0.25)] * 3])
+    # 1 - beta1 of the largest layer is where a tenth of the base's beta1 is left.
+    assert 0.1 * moved.of(Module.Q).one_minus_beta1_mult * profile[0] == pytest.approx(1 - 0.09)
+    assert moved.of(Module.K) == config.multipliers.of(Module.K)
 
 
 def test_a_wider_bound_would_bring_a_beta_out() -> None:

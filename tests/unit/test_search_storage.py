@@ -19,15 +19,10 @@ from search_samples import objective
 from sqlalchemy.exc import IntegrityError, OperationalError
 
 from megatron_completedp.errors import ConfigError
-from megatron_completedp.search import storage
+from megatron_completedp.search import outage as outages
+from megatron_completedp.search.outage import DatabaseUnreachable, persist
 from megatron_completedp.search.settings import DatabaseSettings
-from megatron_completedp.search.storage import (
-    DatabaseUnreachable,
-    connect,
-    load_study,
-    open_study,
-    persist,
-)
+from megatron_completedp.search.storage import connect, load_study, open_study
 from megatron_completedp.study.crew import StudyStopped
 from tests import postgres
 
@@ -144,7 +139,7 @@ def outage() -> OperationalError:
 def test_a_database_that_is_away_is_asked_again_less_and_less_often(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(storage, "FIRST_PAUSE_S", 0.02)
+    monkeypatch.setattr(outages, "FIRST_PAUSE_S", 0.02)
     away = Away(outage())
     with caplog.at_level(logging.WARNING):
         assert persist(away, DATABASE) == "answer"
@@ -182,6 +177,24 @@ def test_a_server_that_is_not_there_is_an_outage_and_keeps_the_password(
     with pytest.raises(DatabaseUnreachable, match="onnection") as error:
         persist(lambda: connect(url, DATABASE, tmp_path), DatabaseSettings(retry_s=0))
     assert "secret" not in str(error.value)
+
+
+def test_what_no_waiting_mends_is_said_at_once(tmp_path: Path) -> None:
+    waits = DatabaseSettings(retry_s=1000)
+    start = time.monotonic()
+    with pytest.raises(ConfigError, match="refuses: unable to open database file"):
+        persist(lambda: connect(f"sqlite:///{tmp_path}/none/a.db", waits, tmp_path), waits)
+    with postgres.server() as server:
+        url = server.database()
+        connect(url, waits, tmp_path)
+        address, _, _ = url.rpartition("/")
+        with pytest.raises(ConfigError, match=r'refuses: .*"another" does not exist'):
+            persist(lambda: connect(f"{address}/another", waits, tmp_path), waits)
+        nobody = f"postgresql+psycopg://nobody:secret@{url.partition('@')[2]}"
+        with pytest.raises(ConfigError, match=r'refuses: .*"nobody" does not exist') as error:
+            persist(lambda: connect(nobody, waits, tmp_path), waits)
+        assert "secret" not in str(error.value)
+    assert time.monotonic() - start < 500
 
 
 def test_a_server_that_restarts_is_waited_for(tmp_path: Path) -> None:

@@ -18,7 +18,8 @@ from megatron_completedp.config.recipe import Provenance, Recipe, save_recipe
 from megatron_completedp.config.run import RunConfig
 from megatron_completedp.core.ratios import Ratios
 from megatron_completedp.errors import ConfigError
-from megatron_completedp.search.compare_report import _paired, _welch
+from megatron_completedp.search.access import Search
+from megatron_completedp.search.compare_report import _curves, _findings, _paired, _table, _welch
 from megatron_completedp.search.compare_report import run as compare
 from megatron_completedp.search.compare_settings import CompareSettings
 from megatron_completedp.search.settings import SearchSettings
@@ -26,7 +27,6 @@ from megatron_completedp.search.space import Space
 from megatron_completedp.search.transfer import report
 from megatron_completedp.search.transfer_runs import TransferRuns, log_tokens_at, outside, saving
 from megatron_completedp.search.transfer_settings import SizeSettings, TransferSettings
-from megatron_completedp.search.worker import Search
 from megatron_completedp.study.results import Results
 from megatron_completedp.study.settings import OutFlag, load_study
 
@@ -86,7 +86,7 @@ def test_the_first_crossing_counts_where_a_curve_is_not_monotone() -> None:
 def test_the_ratio_is_the_shift_between_the_curves(octaves: float) -> None:
     found = saving([curve(0)] * 3, [curve(octaves)] * 3, 17.0)
     assert found.ratio == pytest.approx(2**octaves)
-    # Without noise every resample says the same.
+    # Without noise every seed says the same.
     assert (found.interval.low, found.interval.high) == pytest.approx([2**octaves] * 2)
 
 
@@ -98,6 +98,23 @@ def test_what_both_share_by_seed_is_no_uncertainty() -> None:
     assert common.interval.high - common.interval.low < 1e-9
     assert own.interval.high - own.interval.low > 0.05
     assert own.interval.low <= own.ratio <= own.interval.high
+
+
+def test_three_seeds_cover_the_ratio() -> None:
+    """95 of 100 intervals hold what is true; a bootstrap's over three seeds would in 67."""
+    generator, held, count = np.random.default_rng(1), 0, 400
+    for noise in generator.normal(0, 0.02, (count, 2, 3)):
+        found = saving(
+            [curve(0, e) for e in noise[0]], [curve(0.5, e) for e in noise[1]], 17.0
+        ).interval
+        held += found.low <= 2**0.5 <= found.high
+    assert 0.92 <= held / count <= 0.98
+
+
+def test_a_seed_without_a_ratio_leaves_no_interval() -> None:
+    found = saving([curve(0)] * 3, [curve(0.5), curve(0.5), curve(1.2)], 17.0)
+    assert found.ratio > 1
+    assert found.bracket == "not known"
 
 
 def test_what_was_not_trained_has_no_ratio_but_a_reason() -> None:
@@ -115,7 +132,7 @@ def test_the_verdict_is_about_the_ratio_and_its_interval(
 ) -> None:
     """A recipe that saves nothing, or no more than the seeds scatter, does not pass."""
     size = SizeSettings(durations=(0.5, 1, 2), reference=1)
-    settings = replace(settings, sizes={"proxy": size})
+    settings = replace(settings, sizes={"proxy": size}, seeds=(1, 2, 3, 4))
     runs = TransferRuns(settings, base(), tmp_path)
     results = Results(tmp_path / "results.jsonl", runs.identity)
     for duration in size.durations:
@@ -341,3 +358,22 @@ def test_the_interval_of_a_difference_is_students() -> None:
     welch = stats.ttest_ind(ours, theirs[:2], equal_var=False).confidence_interval(0.95)
     found = _welch(ours, theirs[:2])
     assert (found.low, found.high) == pytest.approx((welch.low, welch.high))
+
+
+@pytest.mark.parametrize("repeats", [1, 2])
+def test_a_held_point_that_diverges_fails_and_is_said(repeats: int) -> None:
+    """With one study or several, on the last budget; it is no crash after all the training."""
+    settings = CompareSettings(
+        run="run.yaml",
+        studies=dict.fromkeys(("trust_region", "tpe"), ("file",) * repeats),
+        heldout=("heldout",),
+        budgets=(2,),
+    )
+    gained = {"trust_region": [{2: 0.1}, {2: -math.inf}], "tpe": [{2: 0.05}, {2: 0.04}]}
+    difference, lower = _findings(settings, gained, "training")
+    assert difference.value == -math.inf
+    assert "a point that trust_region held diverged" in difference.note
+    assert "tpe held" not in difference.note
+    assert not lower.passed
+    (row, _) = _table("training", _curves(gained), settings).rows
+    assert row == ("trust_region", "-inf", "-")

@@ -12,7 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_completedp.errors import ConfigError
-from megatron_completedp.search.trust_state import OVERTAKEN_ROUNDS, START, Rules, Run, State, fold
+from megatron_completedp.search.trust_state import (
+    OVERTAKEN_ROUNDS,
+    START,
+    Rules,
+    Run,
+    State,
+    fold,
+    step_after,
+)
 
 
 def best_child(**rules: Any) -> Rules:
@@ -60,6 +68,31 @@ def test_a_fifth_of_successes_widens_and_less_narrows(
 ) -> None:
     runs = [*start(1.0), *(child(1 + i, loss) for i, loss in enumerate(losses))]
     assert fold(runs, PLAIN).scale == pytest.approx(scale)
+
+
+def test_what_the_noise_explains_is_no_failure() -> None:
+    """Two runs apart by noise alone: the start's was the lucky one, and the region stays wide."""
+    seeds = [Run(slot, START, slot, loss) for slot, loss in enumerate((0.98, 1.0, 1.02))]
+    children = [child(3 + i, 0.99 + 0.001 * i) for i in range(8)]  # all above the start's run
+    lenient, strict = best_child(start_replicates=3), best_child(start_replicates=3, allowance=0)
+    assert fold([*seeds, *children], strict).scale == pytest.approx(1 / 1.5)
+    widened = fold([*seeds, *children], lenient)
+    assert widened.scale == pytest.approx(1.5)
+    assert widened.rounds[0].successes == 8
+    # Single runs scatter by 0.02, their differences by 0.028: what is further above is a failure.
+    far = [child(3 + i, 1.009 + 0.001 * i) for i in range(8)]
+    assert fold([*seeds, *far], lenient).scale == pytest.approx(1 / 1.5)
+
+
+def test_a_step_no_worse_than_the_noise_challenges() -> None:
+    seeds = [Run(slot, START, slot, loss) for slot, loss in enumerate((0.98, 1.0, 1.02))]
+    rules = Rules(round_size=2, start_replicates=3)
+    runs = [*seeds, child(3, 1.1), child(4, 1.2)]
+    step = step_after(0)
+    assert fold([*runs, Run(5, step, 0, 1.0)], rules).wanted[0] == (step, 1)
+    assert fold([*runs, Run(5, step, 0, 1.01)], rules).wanted == ()
+    strict = Rules(round_size=2, start_replicates=3, allowance=0)
+    assert fold([*runs, Run(5, step, 0, 1.0)], strict).wanted == ()
 
 
 def test_the_scale_stays_between_floor_and_ceiling_and_goes_back_after_a_stall() -> None:
