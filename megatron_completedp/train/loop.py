@@ -5,9 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import sys
-import time
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,8 +25,8 @@ from megatron_completedp.mcore.parallel import ParallelState
 from megatron_completedp.mcore.platform import Platform
 from megatron_completedp.train import folder as run_folder
 from megatron_completedp.train.divergence import Guard
+from megatron_completedp.train.journal import Journal
 from megatron_completedp.train.loader import Batch, Share, steps_of_batches
-from megatron_completedp.train.metrics import ConsoleSink, MetricsFile, Row, Sink, TensorBoardSink
 from megatron_completedp.train.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
@@ -86,22 +85,17 @@ class Run:
             dp_size=state.dp_size,
         )
         self.train_set, self.valid_set = datasets
-        self.stopwatch = _Stopwatch()
-        self.sinks = self._open_sinks(folder) if self.is_main else []
+        self.journal = Journal(config, folder, platform, step=engine.step, is_main=self.is_main)
         for note in resume_notes:
-            self._write({"kind": "event", "step": engine.step, "what": "resume", "message": note})
+            self.journal.resumed(engine.step, note)
 
     def to_the_end(self) -> RunResult:
         """Train the remaining steps, or until a signal stops the run.
 
         Raises TrainingDiverged, naming the last good checkpoint, when the policy says stop.
         """
-        try:
-            with logging_redirect_tqdm():
-                return self._train()
-        finally:
-            for sink in self.sinks:
-                sink.close()
+        with closing(self.journal), logging_redirect_tqdm():
+            return self._train()
 
     def _train(self) -> RunResult:
         config, engine = self.config, self.engine
@@ -119,16 +113,16 @@ class Run:
             logger.info("this run had finished its %d steps before; nothing is left to do", steps)
             valid_loss = self._validation_loss()
         self.watchdog.beat("the start-up")
-        self.stopwatch.reset()
+        self.journal.stopwatch.reset()
         with tqdm(total=steps, initial=engine.step, unit="step", disable=not show_bar) as bar:
             for batches in loader:
                 result = self._train_step(batches)
-                self.stopwatch.laps += 1
+                self.journal.stopwatch.laps += 1
                 bar.update()
                 if result is not None:
                     loss = result.loss
                     if engine.step % interval == 0 or engine.step == steps:
-                        self._report(result)
+                        self.journal.trained(engine.step, result)
                 if _is_due(config.evaluation.interval, engine.step, steps):
                     valid_loss = self._evaluate()
                 stopping = engine.stop_agreed and engine.step < steps
@@ -171,16 +165,7 @@ class Run:
                 f"The last good checkpoint is {kept}." if kept else "No checkpoint was written yet."
             )
         message = f"{error} {reason}"
-        self._write(
-            {
-                "kind": "event",
-                "step": step,
-                "what": error.cause,
-                "policy": action,
-                "groups": list(error.groups),
-                "message": message,
-            }
-        )
+        self.journal.diverged(step, error, policy=action, message=message)
         if action == "stop":
             raise TrainingDiverged(message, cause=error.cause, groups=error.groups) from error
         self.engine.move_to(step)
@@ -188,14 +173,14 @@ class Run:
     def _roll_back(self) -> None:
         """Load the newest checkpoint, with its losses; what was left out stays counted."""
         events = self.guard.events
-        with self.stopwatch.paused():
+        with self.journal.stopwatch.paused():
             self._resume()
         self.guard.restore({**self.engine.loop_state, "events": events})
         self.rolled_back = True
 
     def _checkpoint(self) -> None:
         self.engine.loop_state = self.guard.state()
-        with self.stopwatch.paused():
+        with self.journal.stopwatch.paused():
             self._note_saved(self.saver.save())
         self.rolled_back = False
         self.watchdog.beat(f"the checkpoint of step {self.engine.step}")
@@ -204,9 +189,7 @@ class Run:
         """After the checkpoint: write the event and the file that asks to be started again."""
         step = self.engine.step
         message = f"stopped by a signal at step {step}; start the run again to go on."
-        self._write(
-            {"kind": "event", "step": step, "what": "stop", "policy": "requeue", "message": message}
-        )
+        self.journal.stopped(step, message)
         if self.is_main:
             run_folder.ask_for_requeue(self.folder, message)
         # torchrun ends the other ranks once one has left, and rank 0 must have written by then.
@@ -243,7 +226,7 @@ class Run:
         """Measure and report the validation loss; not finite, it follows the policy."""
         loss, step = self._validation_loss(), self.engine.step
         if loss is not None:
-            self._write({"kind": "eval", "step": step, "loss": loss})
+            self.journal.evaluated(step, loss)
             if not math.isfinite(loss):
                 error = TrainingDiverged(
                     f"step {step}: the validation loss is {loss}.", cause="validation"
@@ -257,7 +240,7 @@ class Run:
         """Over the same `evaluation.samples` sequences every time; None where there are none."""
         if self.valid_set is None or not self.config.evaluation.interval:
             return None
-        with self.stopwatch.paused():
+        with self.journal.stopwatch.paused():
             share = Share(
                 global_batch_size=self.config.evaluation.samples,
                 micro_batch_size=self.share.micro_batch_size,
@@ -266,58 +249,6 @@ class Run:
             )
             (batches,) = steps_of_batches(self.valid_set, share, first_step=0, steps=1, workers=0)
             return self.engine.evaluate(batches)
-
-    def _report(self, result: StepResult) -> None:
-        self.platform.synchronize()
-        seconds = self.stopwatch.seconds_per_lap()
-        self.stopwatch.reset()
-        tokens = self.config.batch_tokens
-        self._write(
-            {
-                "kind": "train",
-                "step": self.engine.step,
-                "tokens": self.engine.step * tokens,
-                "loss": result.loss,
-                "grad_norm": result.grad_norm,
-                "lr_fraction": result.lr,
-                "step_s": seconds,
-                "tokens_per_s": tokens / seconds,
-                "peak_memory_bytes": self.platform.peak_memory_bytes(),
-            }
-        )
-
-    def _open_sinks(self, folder: Path) -> list[Sink]:
-        sinks: list[Sink] = [
-            MetricsFile(folder / run_folder.METRICS_FILE, step=self.engine.step),
-            ConsoleSink(self.config.steps),
-        ]
-        if self.config.logging.tensorboard:
-            sinks.append(TensorBoardSink(folder))
-        return sinks
-
-    def _write(self, row: Row) -> None:
-        for sink in self.sinks:
-            sink.write(row)
-
-
-class _Stopwatch:
-    """Mean time of a step since the last reset, evaluations and saves left out."""
-
-    def __init__(self) -> None:
-        self.reset()
-
-    def reset(self) -> None:
-        self._start = time.perf_counter()
-        self.laps = 0
-
-    def seconds_per_lap(self) -> float:
-        return (time.perf_counter() - self._start) / max(self.laps, 1)
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        before = time.perf_counter()
-        yield
-        self._start += time.perf_counter() - before
 
 
 def _is_due(interval: int, step: int, steps: int) -> bool:
