@@ -17,23 +17,18 @@ truncated file trains on garbage or fails far from its cause: call `check_pair` 
 
 from __future__ import annotations
 
-import hashlib
 import struct
-from array import array
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 
-from megatron_completedp.data.atomic import atomic_write
 from megatron_completedp.errors import DataError
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
-_HEADER = struct.Struct("<9sQBQQ")
+#: .idx up to the lengths: magic, version, dtype code, S and D + 1.
+HEADER = struct.Struct("<9sQBQQ")
 
 #: The two codes that language-model tokens are stored in; Megatron knows others for other data.
 DTYPE_OF_CODE: dict[int, np.dtype] = {8: np.dtype("<u2"), 4: np.dtype("<i4")}
@@ -71,111 +66,11 @@ def token_dtype(vocab_size: int) -> np.dtype:
     return DTYPE_OF_CODE[8 if vocab_size < 65_500 else 4]
 
 
-@dataclass(frozen=True, kw_only=True)
-class FileRecord:
-    """What a file must be, byte for byte."""
-
-    bytes: int
-    """Its size."""
-    sha256: str
-    """Of its content, in hexadecimal."""
-
-
-class _HashedStream:
-    """Writes to a stream, and knows what a file of these bytes must be."""
-
-    def __init__(self, stream: BinaryIO) -> None:
-        self._stream = stream
-        self._bytes = 0
-        self._sha256 = hashlib.sha256()
-
-    def write(self, data: bytes | memoryview) -> None:
-        self._stream.write(data)
-        self._sha256.update(data)
-        self._bytes += memoryview(data).nbytes
-
-    def record(self) -> FileRecord:
-        """Of what was written so far."""
-        return FileRecord(bytes=self._bytes, sha256=self._sha256.hexdigest())
-
-
-class IndexedWriter:
-    """Streams documents into an open .bin and remembers their lengths (4 bytes per document)."""
-
-    def __init__(self, stream: BinaryIO, vocab_size: int) -> None:
-        self._stream = _HashedStream(stream)
-        self._vocab_size = vocab_size
-        self.dtype = token_dtype(vocab_size)
-        self.lengths = array("i")
-        self.tokens = 0
-        self.max_token_id = -1
-        self.files: dict[str, FileRecord] = {}
-        """Under "bin" and "idx", once the block of `open_indexed` has ended."""
-
-    def add_document(self, ids: Sequence[int] | np.ndarray) -> None:
-        """Append one document (shape [tokens]) as one sequence; errors as in `add_documents`."""
-        document: np.ndarray = np.asarray(ids, dtype=np.int64)
-        self.add_documents(document, np.array([document.size]))
-
-    def add_documents(self, ids: np.ndarray, lengths: np.ndarray) -> None:
-        """Append documents, each as one sequence.
-
-        `ids` (shape [tokens], integers) are theirs back to back, `lengths` (shape [documents]) the
-        tokens of each. Raises DataError when a document is empty or holds an id outside
-        [0, vocab_size): numpy would wrap such an id silently into another token.
-        """
-        assert lengths.sum() == ids.size, "the lengths must cover the ids"
-        if lengths.size == 0:
-            return
-        if lengths.min() < 1:
-            number = len(self.lengths) + int(np.argmax(lengths < 1))
-            raise DataError(f"document {number} has no token; leave empty documents out.")
-        low, high = int(ids.min()), int(ids.max())
-        if low < 0 or high >= self._vocab_size:
-            position = int(np.argmax((ids < 0) | (ids >= self._vocab_size)))
-            number = len(self.lengths) + int(np.searchsorted(lengths.cumsum(), position, "right"))
-            raise DataError(
-                f"document {number} holds the token id {ids[position]}; expected 0 to "
-                f"{self._vocab_size - 1}. Pass the vocab_size of the tokenizer that made it."
-            )
-        self._stream.write(ids.astype(self.dtype).data)
-        self.lengths.frombytes(lengths.astype("i").tobytes())
-        self.tokens += ids.size
-        self.max_token_id = max(self.max_token_id, high)
-
-    def finish_bin(self) -> None:
-        """Take the record of .bin, to which nothing is added any more."""
-        self.files["bin"] = self._stream.record()
-
-    def write_index(self, stream: BinaryIO) -> None:
-        """Write the .idx that describes the documents added, and take its record."""
-        lengths = np.frombuffer(self.lengths, dtype="i").astype("<i4")
-        index = _HashedStream(stream)
-        code = CODE_OF_DTYPE[self.dtype]
-        index.write(_HEADER.pack(MAGIC, VERSION, code, lengths.size, lengths.size + 1))
-        index.write(lengths.data)
-        index.write(_byte_offsets(lengths, self.dtype.itemsize).data)
-        index.write(np.arange(lengths.size + 1, dtype="<i8").data)
-        self.files["idx"] = index.record()
-
-
-@contextmanager
-def open_indexed(prefix: Path, vocab_size: int) -> Iterator[IndexedWriter]:
-    """A writer of the pair at `prefix`, which is complete when the block ends.
-
-    .idx appears last, and only when both files are complete. A pair already at `prefix` loses its
-    .idx before its .bin is replaced, so an old index never describes new data. Raises DataError
-    when the block added no document.
-    """
-    with atomic_write(bin_path(prefix)) as stream:
-        writer = IndexedWriter(stream, vocab_size)
-        yield writer
-        if not writer.lengths:
-            raise DataError(f"no document for {prefix}; expected at least one. Check the inputs.")
-        writer.finish_bin()
-        idx_path(prefix).unlink(missing_ok=True)
-    with atomic_write(idx_path(prefix)) as stream:
-        writer.write_index(stream)
+def byte_offsets(lengths: np.ndarray, itemsize: int) -> np.ndarray:
+    """Start of each sequence in .bin, in bytes (shape [sequences], int64)."""
+    sizes = lengths.astype("<i8") * itemsize
+    starts: np.ndarray = np.cumsum(sizes) - sizes
+    return starts
 
 
 def open_pair(prefix: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -185,17 +80,10 @@ def open_pair(prefix: Path) -> tuple[np.ndarray, np.ndarray]:
     """
     dtype, sequences, _ = _read_header(idx_path(prefix))
     lengths: np.ndarray = np.fromfile(
-        idx_path(prefix), dtype="<i4", count=sequences, offset=_HEADER.size
+        idx_path(prefix), dtype="<i4", count=sequences, offset=HEADER.size
     )
     ids: np.ndarray = np.memmap(bin_path(prefix), dtype=dtype, mode="r")
     return ids, lengths
-
-
-def _byte_offsets(lengths: np.ndarray, itemsize: int) -> np.ndarray:
-    """Start of each sequence in .bin, in bytes (shape [sequences], int64)."""
-    sizes = lengths.astype("<i8") * itemsize
-    starts: np.ndarray = np.cumsum(sizes) - sizes
-    return starts
 
 
 def check_pair(prefix: Path) -> IndexedSummary:
@@ -211,7 +99,7 @@ def check_pair(prefix: Path) -> IndexedSummary:
         if path.stat().st_size == 0:
             raise DataError(f"{path} is empty; {_REBUILD}.")
     dtype, sequences, boundaries = _read_header(index)
-    body = np.fromfile(index, dtype=np.uint8, offset=_HEADER.size)
+    body = np.fromfile(index, dtype=np.uint8, offset=HEADER.size)
     at_offsets, at_documents = 4 * sequences, 12 * sequences
     lengths = body[:at_offsets].view("<i4")
     # The body's slices need not start on a multiple of 8 bytes; a copy does.
@@ -241,24 +129,24 @@ def _read_header(index: Path) -> tuple[np.dtype, int, int]:
     """(token dtype, sequences, documents + 1), after comparing the counts with the file's size."""
     found = index.stat().st_size
     with index.open("rb") as stream:
-        header = stream.read(_HEADER.size)
+        header = stream.read(HEADER.size)
     if not header.startswith(MAGIC):
         raise DataError(
             f"{index} starts with {header[:9]!r}; expected {MAGIC!r}. It is not a Megatron index "
             f"or its start was overwritten; {_REBUILD}."
         )
-    if len(header) < _HEADER.size:
+    if len(header) < HEADER.size:
         raise DataError(
-            f"{index} has {found} bytes; its header alone needs {_HEADER.size}. {_REBUILD}."
+            f"{index} has {found} bytes; its header alone needs {HEADER.size}. {_REBUILD}."
         )
-    _, version, code, sequences, boundaries = _HEADER.unpack(header)
+    _, version, code, sequences, boundaries = HEADER.unpack(header)
     if version != VERSION:
         raise DataError(f"{index} has version {version}; expected {VERSION}. {_REBUILD}.")
     if code not in DTYPE_OF_CODE:
         raise DataError(
             f"{index} has dtype code {code}; expected 8 (uint16) or 4 (int32). {_REBUILD}."
         )
-    expected = _HEADER.size + 12 * sequences + 8 * boundaries
+    expected = HEADER.size + 12 * sequences + 8 * boundaries
     if found != expected:
         raise DataError(
             f"{index} has {found:,} bytes; its header counts {sequences:,} sequences and "
@@ -282,7 +170,7 @@ def _check_index(
     garbled = None
     if int(lengths.min()) < 0:
         garbled = f"a sequence of {int(lengths.min())} tokens"
-    elif not np.array_equal(offsets, _byte_offsets(lengths, dtype.itemsize)):
+    elif not np.array_equal(offsets, byte_offsets(lengths, dtype.itemsize)):
         garbled = "byte offsets that are not the running sum of the sequence lengths"
     elif documents.size == 0 or documents[0] != 0 or documents[-1] != lengths.size:
         garbled = f"document boundaries that do not run from 0 to {lengths.size}"

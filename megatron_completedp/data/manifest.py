@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_completedp.data.atomic import atomic_write
-from megatron_completedp.data.indexed import FileRecord, bin_path, check_pair, idx_path
+from megatron_completedp.data.indexed import bin_path, check_pair, idx_path
+from megatron_completedp.data.indexed_writer import FileRecord
 from megatron_completedp.data.layout import Format
 from megatron_completedp.data.redpajama_v2 import V2Filter
 from megatron_completedp.data.streams import InputFile

@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from megatron_completedp.data.claims import claim
-from megatron_completedp.data.indexed import open_indexed, open_pair
+from megatron_completedp.data.indexed import open_pair
+from megatron_completedp.data.indexed_writer import open_indexed
 from megatron_completedp.data.manifest import (
     ShardManifest,
     manifest_path,

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from megatron_completedp.data.encoder import EncodeCounts, Encoder, EnginesDisagree
-from megatron_completedp.data.indexed import open_indexed
+from megatron_completedp.data.indexed_writer import open_indexed
 from megatron_completedp.data.manifest import ShardManifest, manifest_path, write_manifest
 from megatron_completedp.data.readers import ShardReader
 from megatron_completedp.data.sources import SourceFile

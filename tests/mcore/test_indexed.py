@@ -13,7 +13,8 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
 
 from megatron_completedp.data.encoder import Encoder
-from megatron_completedp.data.indexed import bin_path, check_pair, idx_path, open_indexed
+from megatron_completedp.data.indexed import bin_path, check_pair, idx_path
+from megatron_completedp.data.indexed_writer import open_indexed
 from megatron_completedp.data.shard import write_shard
 from megatron_completedp.data.sources import Source, find_files
 from megatron_completedp.data.tokenizer import train_sentencepiece
@@ -33,7 +34,7 @@ def test_same_bytes_as_megatrons_builder(tmp_path: Path, vocab_size: int) -> Non
     lists = documents(vocab_size)
     with open_indexed(ours, vocab_size) as writer:
         for ids in lists[:10]:
-            writer.add_document(ids)
+            writer.add_documents(np.array(ids), np.array([len(ids)]))
         rest = np.array([i for ids in lists[10:] for i in ids])
         writer.add_documents(rest, np.array([len(ids) for ids in lists[10:]]))
     for ids in lists:
@@ -83,8 +84,8 @@ def test_megatrons_dataset_takes_the_pair_and_the_tokenizer(tmp_path: Path) -> N
     tokenizer = train_sentencepiece([text] * 30, 290, tmp_path / "tokenizer.model")
     prefix = tmp_path / "train"
     with open_indexed(prefix, tokenizer.vocab_size) as writer:
-        for _ in range(30):
-            writer.add_document([*tokenizer.encode(text), tokenizer.eod])
+        ids = [*tokenizer.encode(text), tokenizer.eod]
+        writer.add_documents(np.array(ids * 30), np.array([len(ids)] * 30))
     config = GPTDatasetConfig(
         random_seed=1,
         sequence_length=16,

@@ -12,14 +12,13 @@ import pytest
 
 from megatron_completedp.data.atomic import atomic_write
 from megatron_completedp.data.indexed import (
-    IndexedWriter,
     bin_path,
     check_pair,
     idx_path,
-    open_indexed,
     open_pair,
     token_dtype,
 )
+from megatron_completedp.data.indexed_writer import IndexedWriter, open_indexed
 from megatron_completedp.errors import DataError
 
 DOCUMENTS = [[5, 6, 7, 2], [8, 2], [9, 9, 9, 9, 2]]
@@ -29,7 +28,7 @@ HEADER_BYTES = 34  # 9 magic, 8 version, 1 dtype code, 8 + 8 counts
 def write_pair(prefix: Path, documents: list[list[int]] = DOCUMENTS, vocab_size: int = 10) -> Path:
     with open_indexed(prefix, vocab_size) as writer:
         for ids in documents:
-            writer.add_document(ids)
+            writer.add_documents(np.array(ids, np.int64), np.array([len(ids)]))
     return prefix
 
 

@@ -16,7 +16,8 @@ from data_samples import TEXTS, small_tokenizer, write_jsonl
 
 from megatron_completedp.data import readers
 from megatron_completedp.data.encoder import Encoder, EnginesDisagree
-from megatron_completedp.data.indexed import bin_path, check_pair, idx_path, open_indexed, open_pair
+from megatron_completedp.data.indexed import bin_path, check_pair, idx_path, open_pair
+from megatron_completedp.data.indexed_writer import open_indexed
 from megatron_completedp.data.manifest import (
     ShardManifest,
     load_manifest,
