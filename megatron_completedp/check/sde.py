@@ -7,11 +7,13 @@ the tokens it has seen, whatever the batch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_completedp.check import quadratic
+from megatron_completedp.check.batch_curves import EVALUATIONS, compare, curve_figure
 from megatron_completedp.check.settings import command_line
 from megatron_completedp.check.sizes import base_run, small_base
 from megatron_completedp.core.ratios import Ratios
@@ -19,6 +21,7 @@ from megatron_completedp.core.resolve import resolve
 from megatron_completedp.core.roles import Role
 from megatron_completedp.core.tables import Parametrization, Rules
 from megatron_completedp.core.tables import Table as Rulebook
+from megatron_completedp.errors import ConfigError
 from megatron_completedp.optim.segments import AdamWValues
 from megatron_completedp.study.report import Finding, Report, Table
 
@@ -57,15 +60,32 @@ class SdeSettings:
     seeds: tuple[int, ...] = (0, 1)
     """Seeds of weights and data, at least one, over which the model's curves are averaged."""
 
+    def __post_init__(self) -> None:
+        if 1 not in self.batches or len(set(self.batches)) < 2:
+            raise ConfigError(
+                f"batches is {self.batches}; expected 1, the base's, and at least one other ratio."
+            )
+        if not self.seeds:
+            raise ConfigError("seeds is empty; expected at least one, e.g. seeds: [0].")
+        largest = max(self.batches)
+        if self.steps < EVALUATIONS * largest:
+            raise ConfigError(
+                f"steps is {self.steps}, which leaves {self.steps / largest:g} at batch x "
+                f"{largest:g}; expected {EVALUATIONS} or more there, one before each evaluation. "
+                f"Give steps of at least {math.ceil(EVALUATIONS * largest)}, or smaller batches."
+            )
+
 
 def run(settings: SdeSettings, out: Path) -> Report:
     """Simulate the quadratic for every role, and train the model at every batch."""
-    from megatron_completedp.check.batch_curves import compare, curve_figure, loss_curves
+    from megatron_completedp.check.batch_runs import loss_curves
 
     base = base_run(settings.run, settings.parametrization)
     rules = base.rules
-    # First, because it refuses settings at once; the quadratic takes none.
-    with_rule, without = loss_curves(base, settings, out)
+    # First, because it refuses batches and seeds at once; the quadratic takes none.
+    with_rule, without = loss_curves(
+        base, out, batches=settings.batches, steps=settings.steps, seeds=settings.seeds
+    )
     findings = [*examine(rules), *compare(with_rule, without)]
     return Report(
         title="SDE check",

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from megatron_completedp.check import batch_curves, quadratic
+from megatron_completedp.check import batch_runs, quadratic
 from megatron_completedp.check.__main__ import main
 from megatron_completedp.config.parallel import ParallelConfig
 from megatron_completedp.mcore.parallel import destroy_parallel, initialize_parallel
@@ -129,7 +129,7 @@ def test_the_sde_check_taken_up_again_trains_nothing_and_says_the_same(
     """Every check but this one rests on `Bench`, whose rows `test_check_ladders` takes up again."""
     code, out = ran("sde")
     before, kept = report(out), rows(out)
-    monkeypatch.delattr(batch_curves, "Engine")
+    monkeypatch.delattr(batch_runs, "Engine")
     assert main(["sde", *FLAGS["sde"], "--out", str(out)]) == code
     assert (report(out), rows(out)) == (before, kept)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from fractions import Fraction
 from types import MappingProxyType
+from typing import Any
 
 import pytest
 
@@ -13,6 +14,7 @@ from megatron_completedp.core.monomial import M_B, M_D, Monomial
 from megatron_completedp.core.ratios import Ratios
 from megatron_completedp.core.roles import BIAS_ROLES, Role
 from megatron_completedp.core.tables import Rules, Table, build_table
+from megatron_completedp.errors import ConfigError
 
 BATCH_4 = (4.0, 1.0)
 
@@ -31,6 +33,24 @@ def changed(role: Role, column: str, factor: Monomial) -> Table:
 def spread_at_batch_4(**changes: float) -> float:
     values = sde.role_values(Rules(), Ratios(m_B=4))[Role.HIDDEN_WEIGHT]
     return quadratic.stationary_std(replace(values, **changes), quadratic.NOISE / 2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"steps": 19}, r"steps is 19, which leaves 9\.5 at batch x 2; .* at least 20"),
+        ({"batches": (0.25, 1, 4), "steps": 39}, r"leaves 9\.75 at batch x 4; .* at least 40"),
+        ({"steps": 0}, "steps is 0"),
+        ({"seeds": ()}, "seeds is empty; expected at least one"),
+        ({"batches": (2.0, 4.0)}, r"batches is \(2\.0, 4\.0\); expected 1"),
+        ({"batches": (1.0, 1.0)}, "at least one other ratio"),
+    ],
+)
+def test_settings_that_give_no_curves_are_refused(changes: dict[str, Any], named: str) -> None:
+    cheapest: dict[str, Any] = {"batches": (1.0, 2.0), "steps": 20, "seeds": (0,)}
+    sde.SdeSettings(**cheapest)  # the control: it is the change that is refused
+    with pytest.raises(ConfigError, match=named):
+        sde.SdeSettings(**{**cheapest, **changes})
 
 
 @pytest.mark.parametrize(
