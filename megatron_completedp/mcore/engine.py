@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,13 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.distributed import (
-    DistributedDataParallel,
-    DistributedDataParallelConfig,
-    finalize_model_grads,
-)
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.transformer.module import Float16Module
 from megatron.core.utils import unwrap_model
 
 from megatron_completedp.config.run import RunConfig
@@ -26,6 +19,11 @@ from megatron_completedp.core.hyperparams import Resolved
 from megatron_completedp.core.shape import ModelShape
 from megatron_completedp.errors import TrainingDiverged
 from megatron_completedp.mcore.classify import ClassifiedParameter, classify_model
+from megatron_completedp.mcore.data_parallel import (
+    connect_schedules,
+    synchronous_parameters,
+    wrap_chunks,
+)
 from megatron_completedp.mcore.groups import groups_with_nonfinite_gradients, hyperparam_groups
 from megatron_completedp.mcore.init import initialize_parameters
 from megatron_completedp.mcore.inventory import (
@@ -87,7 +85,7 @@ class Engine:
             seed=config.seed,
         )
         self.groups = hyperparam_groups(resolved)
-        self.chunks = wrap_chunks(chunks, config)
+        self.chunks = wrap_chunks(chunks, config.parallel)
         self.optimizer = build_optimizer(
             self.chunks,
             self.parameters,
@@ -97,7 +95,7 @@ class Engine:
             schedule=config.schedule,
         )
         self.scheduler = build_scheduler(self.optimizer, config.schedule, config.steps)
-        self._connect_schedules()
+        connect_schedules(self.chunks, self.optimizer, config.parallel)
         self._forward_backward = get_forward_backward_func()
         self.stop_requested: Callable[[], bool] = lambda: False
         """Whether this rank was asked to stop; asked once in every step and evaluation."""
@@ -149,7 +147,7 @@ class Engine:
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch]) -> float:
         """Mean cross entropy over `batches` in nats per token, without z-loss."""
-        with self._synchronous_parameters():
+        with synchronous_parameters(self.chunks, self.config.parallel):
             for chunk in self.chunks:
                 chunk.eval()
             try:
@@ -192,29 +190,6 @@ class Engine:
         output = model(tokens, None, None, labels=labels)
         return output, partial(_mean_loss, unwrap_model(model))
 
-    def _connect_schedules(self) -> None:
-        """Tell Megatron's schedules how to reduce gradients of DDP-wrapped chunks."""
-        config = self.chunks[0].config
-        config.finalize_model_grads_func = finalize_model_grads
-        config.grad_scale_func = self.optimizer.scale_loss
-        if self.config.parallel.overlap_grad_reduce:
-            no_sync = [chunk.no_sync for chunk in self.chunks]
-            config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
-
-    @contextmanager
-    def _synchronous_parameters(self) -> Iterator[None]:
-        """Gather parameters now where training would gather them during the forward pass."""
-        if not self.config.parallel.overlap_param_gather:
-            yield
-            return
-        for chunk in self.chunks:
-            chunk.disable_forward_pre_hook()
-        try:
-            yield
-        finally:
-            for chunk in self.chunks:
-                chunk.enable_forward_pre_hook()
-
     def _diverged(self, what: str) -> TrainingDiverged:
         mine = groups_with_nonfinite_gradients(self.parameters, self.groups)
         gathered: list[list[str]] = [[] for _ in range(dist.get_world_size())]
@@ -253,29 +228,3 @@ def _whole_inventory(parameters: Sequence[ClassifiedParameter], shape: ModelShap
     total = sum_inventories(dict(sorted(gathered, key=lambda item: item[0])))
     check_inventory(total, shape)
     return total
-
-
-def wrap_chunks(
-    chunks: Sequence[LanguageModel], config: RunConfig
-) -> list[DistributedDataParallel]:
-    """Mixed precision, then Megatron's data parallelism, around each model chunk."""
-    parallel = config.parallel
-    ddp_config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True,
-        overlap_grad_reduce=parallel.overlap_grad_reduce,
-        overlap_param_gather=parallel.overlap_param_gather,
-        use_distributed_optimizer=parallel.use_distributed_optimizer,
-    )
-    wrapped = []
-    for index, chunk in enumerate(chunks):
-        module = Float16Module(chunk.config, chunk) if chunk.config.bf16 else chunk
-        wrapped.append(
-            DistributedDataParallel(
-                chunk.config,
-                ddp_config,
-                module,
-                # The last stages' gradients are ready first; one bucket is enough for later chunks.
-                disable_bucketing=index > 0,
-            )
-        )
-    return wrapped

@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megatron_completedp.core.roles import Module
 from megatron_completedp.mcore.classify import ClassifiedParameter, classify_model
-from megatron_completedp.mcore.engine import wrap_chunks
+from megatron_completedp.mcore.data_parallel import wrap_chunks
 from megatron_completedp.mcore.groups import hyperparam_groups
 from megatron_completedp.mcore.inventory import inventory
 from megatron_completedp.mcore.optimizer import build_optimizer, held_tensors, optimizer_parts
@@ -57,7 +57,7 @@ def record_rank(plan: Plan) -> RankRecord:
     chunks = build_on_meta(config.model, config.parallel, config.training.precision)
     parameters = classify_model(chunks, config.model, config.parallel)
     with tensors_without_data():
-        wrapped = wrap_chunks(chunks, config)
+        wrapped = wrap_chunks(chunks, config.parallel)
         optimizer = build_optimizer(
             wrapped,
             parameters,
