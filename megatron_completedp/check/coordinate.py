@@ -1,4 +1,4 @@
-"""Do activations and their updates keep their size in width and depth? (Rules, section 7.)"""
+"""Do activations and their updates keep their size in width and depth? (See `check.expected`.)"""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-"""What the rules say about slopes: log RMS against log width or log depth (rules, sections 3, 7).
+"""What the rules say about slopes: log RMS against log width or log depth.
 
-Derived from sizes of gradients and sums, not read off the table: a wrong table must not match.
+Derived from sizes of gradients and sums, as `core.tables` outlines, not read off the table: a wrong
+table must not match.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Do gradients scale in width and depth as the rules were derived? (Rules, section 3.)"""
+"""Do gradients scale in width and depth as the rules were derived? (See `core.tables`.)"""
 
 from __future__ import annotations
 

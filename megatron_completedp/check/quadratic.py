@@ -1,7 +1,8 @@
 """AdamW on a noisy quadratic in one dimension: what batch and duration must leave as it is.
 
-The stochastic differential equation behind the batch and duration rules (rules, section 3; Malladi
-et al. 2022) has a stationary state, whose spread is measured here over many independent chains.
+The stochastic differential equation behind the batch and duration rules of `core.tables` (Malladi
+et al. 2022, arXiv 2205.10287) has a stationary state, whose spread is measured here over many
+independent chains.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Do batch and duration leave the noise of training as it was? (Rules, section 3.)
+"""Do batch and duration leave the noise of training as it was? (See `core.tables`.)
 
 Two answers: a noisy quadratic, whose stationary spread is known to a fraction of a percent, under
 the numbers that every role of the table gets; and a small model, whose loss must be one curve over

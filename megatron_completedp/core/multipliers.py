@@ -1,7 +1,7 @@
 """Per-module multipliers: type x depth, the part of a hyperparameter that the search finds.
 
-Section 4 of the rules: log zeta[module, layer] = log type[module] + log depth[layer] + ... A value
-of 1 everywhere is "global hyperparameters only".
+log zeta[module, layer] = log type[module] + log depth[layer] + ..., where the rest comes from
+`core.tables`. A value of 1 everywhere is "global hyperparameters only".
 """
 
 from __future__ import annotations
@@ -190,7 +190,7 @@ def interpolate_profile(profile: tuple[float, ...], num_layers: int) -> tuple[fl
     """Move a depth profile to `num_layers` layers; at its own depth it comes back untouched.
 
     Log-linear over the layer's relative position (l + 1/2)/L, clamped at the ends, geometric mean
-    kept at 1 (rules, section 4).
+    kept at 1.
     """
     size = len(profile)
     if size == num_layers:

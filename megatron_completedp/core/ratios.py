@@ -55,7 +55,7 @@ def ratios_between(base: Scale, target: Scale) -> Ratios:
     """The ratios of `target` to `base`.
 
     Raises ConfigError when width did not grow by heads at a fixed head_dim with d_ff in
-    proportion: the width exponents hold only then (rules, section 1).
+    proportion: the width exponents of `core.tables` hold only then.
     """
     if base.head_dim != target.head_dim:
         raise ConfigError(

@@ -21,7 +21,7 @@ from megatron_completedp.core.shape import ModelShape
 from megatron_completedp.core.tables import Rules, Table, build_table
 from megatron_completedp.errors import ConfigError, HyperparamError
 
-#: From this (1 - beta) * kappa on, the linear beta rule gives way to beta^kappa (rules, section 2).
+#: From this (1 - beta) * kappa on, the table's linear rule for 1 - beta gives way to beta^kappa.
 BETA_FALLBACK = 0.5
 
 
@@ -36,7 +36,8 @@ def resolve(
 ) -> Resolved:
     """Resolve the hyperparameters of every (module, layer) of a model of `shape`.
 
-    value = base * type[module] * depth[module, layer] * cell[role](ratios)   (rules, section 4).
+    value = base * type[module] * depth[module, layer] * cell[role](ratios), with type and depth
+    from `multipliers` and the cells from the table.
 
     `table` replaces the one that `rules` select: the checks hand in wrong ones, to see them fail.
 
@@ -148,8 +149,7 @@ class _Resolver:
 def _beta(name: str, base: float, one_minus: Factors) -> float:
     """Scale a beta: linear rule on 1 - beta, or beta^kappa once that is no longer small.
 
-    The two agree to first order; the linear one is meaningless once (1 - beta) * kappa reaches 1
-    (rules, section 2).
+    The two agree to first order; the linear one is meaningless once (1 - beta) * kappa reaches 1.
     """
     if _uses_power_rule(one_minus):
         tuned = 1 - one_minus.tuned

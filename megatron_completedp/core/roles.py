@@ -1,7 +1,7 @@
 """What a parameter is: its module (which tensor type) and its role (which row of the table).
 
-A *module* is a tensor type that owns hyperparameters of its own (section 4 of the rules: 13 without
-a gate, 14 with one). A *role* is a row of the parametrization table; several modules share one.
+A *module* is a tensor type that owns hyperparameters of its own (13 without a gate, 14 with one). A
+*role* is a row of the parametrization table; several modules share one.
 """
 
 from __future__ import annotations

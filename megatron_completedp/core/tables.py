@@ -4,12 +4,12 @@ Source: arXiv 2512.22382, Table 1 (Complete(d)P); arXiv 2505.01618 (CompleteP); 
 (muP). Every cell multiplies the value tuned at the base, so at the base shape every cell is 1.
 AdamW in the PyTorch convention: theta <- theta - eta * (direction + lambda * theta).
 
-The derivation in one paragraph (rules, section 3). With unembedding entries of size 1/N, the
-gradient of the unembedding is O(1) and everything upstream of it O(1/N); inside a residual branch
-it also carries m_L^-alpha. Adam's eps must scale like the gradient: the eps column. Matrices with
-growing fan-in add coherently over N, vectors do not; 2L branches add coherently through
-m_L^-alpha: the learning-rate column. Batch and duration keep the SDE of Adam: steps * eta^2,
-eta * lambda * steps, eps / sigma and (1 - beta) * steps are conserved (Malladi et al. 2022).
+The derivation in one paragraph. With unembedding entries of size 1/N, the gradient of the
+unembedding is O(1) and everything upstream of it O(1/N); inside a residual branch it also carries
+m_L^-alpha. Adam's eps must scale like the gradient: the eps column. Matrices with growing fan-in
+add coherently over N, vectors do not; 2L branches add coherently through m_L^-alpha: the
+learning-rate column. Batch and duration keep the SDE of Adam: steps * eta^2, eta * lambda * steps,
+eps / sigma and (1 - beta) * steps are conserved (Malladi et al. 2022).
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ def build_table(rules: Rules) -> Table:
 
 
 def _completedp(rules: Rules) -> Table:
-    # Batch and duration (rules, section 2): at p = 1/2 these are m_S^-1/2, m_S^-1/2 and m_S^1/2.
+    # Batch and duration: at the paper's p = 1/2 these are m_S^-1/2, m_S^-1/2 and m_S^1/2.
     lr_sde = M_B**HALF * M_D**-P
     decay_sde = M_B**HALF * M_D ** (P - 1)
     eps_sde = M_S**HALF

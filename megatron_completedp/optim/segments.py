@@ -15,7 +15,7 @@ from megatron_completedp.errors import ClassificationError, HyperparamError
 
 @dataclass(frozen=True, kw_only=True)
 class AdamWValues:
-    """AdamW's five hyperparameters (rules, section 4); every segment refers to one such set."""
+    """AdamW's five hyperparameters of a module; every segment refers to one such set."""
 
     lr: float
     """Peak learning rate; the schedule multiplies it by a fraction in [0, 1]."""
