@@ -15,7 +15,7 @@ from megatron_completedp.errors import ConfigError
 
 #: The kinds of dimensions: (bound, start radius). The default bounds are -bound and +bound.
 #: A tenth to ten times for what sets a step's size; eps acts over more decades than the others;
-#: weights and branches a quarter to four times. Radii are those of the rules, section 5.
+#: weights and branches a quarter to four times. Radii: half a nat, a quarter for these.
 KINDS: dict[str, tuple[float, float]] = {
     "lr": (math.log(10), 0.5),
     "weight_decay": (math.log(10), 0.5),

@@ -28,8 +28,8 @@ def draw_transfer(
     """
     panels = figure.subplots(1, len(curves), squeeze=False)[0]
     for axes, (size, by_recipe) in zip(panels, curves.items(), strict=True):
-        for (recipe, seeds), color in zip(by_recipe.items(), COLORS, strict=False):
-            _draw_curve(axes, recipe, seeds, color)
+        for index, (recipe, seeds) in enumerate(by_recipe.items()):
+            _draw_curve(axes, recipe, seeds, COLORS[index % len(COLORS)])
         _draw_arrow(axes, savings[size])
         tokens = sorted({2**x for seeds in by_recipe.values() for x in seeds[0]})
         log2_axis(axes, tokens)

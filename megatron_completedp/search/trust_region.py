@@ -2,9 +2,9 @@
 
     study = optuna.create_study(sampler=TrustRegionSampler(seed=1))
 
-The search is section 5 of the rules; what it decides and why is in `trust_state`, and this module
-is what Optuna sees of it. All that is remembered is in the trials themselves (their parameters,
-their values and one system attribute), so a killed search goes on where it was.
+What the search decides, and why, is in `trust_state`; this module is what Optuna sees of it. All
+that is remembered is in the trials themselves (their parameters, their values and one system
+attribute), so a killed search goes on where it was.
 """
 
 from __future__ import annotations
@@ -12,10 +12,8 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import logging
-import math
 import zlib
 from collections.abc import Mapping
-from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -24,16 +22,14 @@ from optuna.distributions import BaseDistribution, FloatDistribution
 from optuna.trial import FrozenTrial
 
 from megatron_completedp.errors import ConfigError
-from megatron_completedp.search.axes import Axis, axes_of, vector
-from megatron_completedp.search.linear_model import Floats, descent
-from megatron_completedp.search.trust_state import START, Rules, State, fold
+from megatron_completedp.search.axes import Axis, axes_of
+from megatron_completedp.search.moves import child, params_of, step
+from megatron_completedp.search.trust_rules import START, Rules
+from megatron_completedp.search.trust_state import State, fold
 from megatron_completedp.search.trust_trials import REPLICATE, TAG, Reader, Trials
 
 _LOG = logging.getLogger(__name__)
 
-
-#: Children further from the incumbent than so many times a typical one say nothing about its slope.
-LOCAL = 2.5
 
 #: System attribute by which Optuna marks an enqueued trial: the parameters that it was given.
 FIXED = "fixed_params"
@@ -133,7 +129,7 @@ class TrustRegionSampler(optuna.samplers.BaseSampler):
     def params(self, study: optuna.Study, point: int) -> dict[str, float]:
         """The float parameters of `point`, e.g. of `state(study).incumbent`."""
         axes = self._searched(self._floats(study))
-        return _params(axes, self._reader.read(study, axes), point)
+        return params_of(axes, self._reader.read(study, axes), point)
 
     def infer_relative_search_space(
         self, study: optuna.Study, trial: FrozenTrial
@@ -168,12 +164,12 @@ class TrustRegionSampler(optuna.samplers.BaseSampler):
         trial.user_attrs[REPLICATE] = tag[REPLICATE]
         if tag["point"] != trials.own:
             if tag["point"] < START and trials.trial_of(tag["point"]) is None:
-                return self._step(axes, trials, tag)
-            return _params(axes, trials, tag["point"])
+                return step(axes, trials, tag, rules=self._rules, subset=self._subset)
+            return params_of(axes, trials, tag["point"])
         if "centre" not in tag:  # what it was not given
             state = fold(trials.runs, self._limits(axes))
             tag = {**tag, "centre": state.centre, "scale": state.scale}
-        return self._child(axes, trials, tag)
+        return child(axes, trials, tag, seed=self._seed, subset=self._subset)
 
     def sample_independent(
         self,
@@ -216,83 +212,6 @@ class TrustRegionSampler(optuna.samplers.BaseSampler):
         centre = {"centre": list(state.centre), "scale": state.scale}
         return {"point": trials.own, REPLICATE: 0, **centre}
 
-    def _child(
-        self, axes: Mapping[str, Axis], trials: Trials, tag: Mapping[str, Any]
-    ) -> dict[str, float]:
-        """Centre + radius * u on a random subset of the coordinates, u uniform in [-1, 1].
-
-        Uniform and not normal, so that "never outside the region" has no exceptions: what lies
-        beyond a cliff is far worse than what a longer step could win.
-        """
-        points = [_params(axes, trials, point) for point in tag["centre"]]
-        generator = np.random.default_rng([self._seed, trials.own])
-        steps = generator.uniform(-1, 1, len(axes))
-        still = generator.permutation(len(axes))[max(1, round(self._subset * len(axes))) :]
-        steps[still] = 0
-        child = {}
-        for (name, axis), step in zip(axes.items(), steps.tolist(), strict=True):
-            values = [axis.coordinate(point[name]) for point in points]
-            moved = sum(values) / len(values) + axis.reach(tag["scale"]) * step
-            child[name] = axis.value(moved)
-        return child
-
-    def _step(
-        self, axes: Mapping[str, Axis], trials: Trials, tag: Mapping[str, Any]
-    ) -> dict[str, float]:
-        """From the incumbent down a linear model of the children near it, in their region.
-
-        As long as a typical child's step, sqrt(coordinates moved / 3) in radii; each coordinate is
-        clipped to the region.
-        """
-        (incumbent,) = tag["centre"]
-        start, scale = _params(axes, trials, incumbent), tag["scale"]
-        length = math.sqrt(max(1, round(self._subset * len(axes))) / 3)
-        # Step k follows k + 1 rounds.
-        children = (START - tag["point"]) * self._rules.round_size
-        parts = self._descent(axes, trials, start, children, scale, LOCAL * length) * length
-        return {
-            name: axis.value(axis.coordinate(start[name]) + axis.reach(scale) * part)
-            for (name, axis), part in zip(axes.items(), parts.clip(-1, 1).tolist(), strict=True)
-        }
-
-    def _descent(
-        self,
-        axes: Mapping[str, Axis],
-        trials: Trials,
-        start: Mapping[str, float],
-        count: int,
-        scale: float,
-        near: float,
-    ) -> Floats:
-        """Where the losses fall among those of the first `count` children that are near `start`.
-
-        In units of the region at `scale`; zeros if nowhere. Without children that are off the
-        cliff, that something else proposed, or that lack one of `axes`.
-        """
-        children = [run for run in trials.runs if run.point == run.slot]
-        reach = np.array([axis.reach(scale) for axis in axes.values()])
-        here = vector(axes, start)
-        drawn = []
-        for run in sorted(children, key=attrgetter("slot"))[:count]:
-            params = trials.by_slot[run.slot].params
-            if run.loss is None or run.centre is None or not axes.keys() <= params.keys():
-                continue
-            point = (vector(axes, params) - here) / reach
-            if math.isfinite(run.loss) and np.linalg.norm(point) <= near:
-                drawn.append((run.loss, (run.centre, run.scale), point))
-        lowest = min((loss for loss, *_ in drawn), default=math.inf)
-        drawn = [each for each in drawn if each[0] <= lowest + self._rules.cliff]
-        if not drawn:
-            return np.zeros(len(axes))
-        regions = sorted({region for _, region, _ in drawn})
-        kinds = sorted({axis.kind for axis in axes.values()})
-        return descent(
-            np.array([point for *_, point in drawn]),
-            np.array([loss for loss, *_ in drawn]),
-            np.array([regions.index(region) for _, region, _ in drawn]),
-            np.array([kinds.index(axis.kind) for axis in axes.values()]),
-        )
-
     def axes(self, space: Mapping[str, BaseDistribution]) -> dict[str, Axis]:
         """The float parameters of `space` that can vary, as they are searched."""
         return axes_of(
@@ -315,11 +234,3 @@ class TrustRegionSampler(optuna.samplers.BaseSampler):
         return dataclasses.replace(
             self._rules, floor=min(1.0, self._floor / widest), ceiling=max(1.0, span)
         )
-
-
-def _params(axes: Mapping[str, Axis], trials: Trials, point: int) -> dict[str, float]:
-    if point == START:
-        return {name: axis.value(axis.start) for name, axis in axes.items()}
-    trial = trials.trial_of(point)
-    assert trial is not None, f"no trial was asked to run point {point}"
-    return {name: trial.params[name] for name in axes}

@@ -27,7 +27,7 @@ from megatron_completedp.search.progress import Progress
 from megatron_completedp.search.pruning import Pruner
 from megatron_completedp.search.queue import Queue, Taken
 from megatron_completedp.search.settings import SearchSettings
-from megatron_completedp.search.trust_state import Rules
+from megatron_completedp.search.trust_rules import Rules
 from megatron_completedp.study.crew import (
     POLL_S,
     Crew,

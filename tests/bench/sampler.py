@@ -4,8 +4,8 @@
 
 A proposal is what the sampler does for a new trial: read the study, decide, draw the point and note
 what it runs. `storage` is what Optuna does around it: create the trial, write each parameter, write
-the value. Both on the storage in memory and on SQLite in a temporary folder, there with the first
-100 trials, because filling it takes longer than the measurement. Times are the median
+the value. Both on the storage in memory and on SQLite in a temporary folder, which takes minutes to
+fill. Times are the median
 over rounds of the process's own CPU seconds, which leave out other processes' turns; `wall` is the
 clock's. --others adds the other samplers' proposals in memory, of which gp and turbo take seconds;
 random draws while the parameters are written.
@@ -116,9 +116,7 @@ def main() -> None:
         )
         rows = {}
         for kind, url in (("memory", None), ("sqlite", f"sqlite:///{folder}/study.db")):
-            rows[kind] = measure(
-                "trust_region", surrogate, trials if url is None else trials[:100], url, args.rounds
-            )
+            rows[kind] = measure("trust_region", surrogate, trials, url, args.rounds)
             _print("trust_region", kind, rows[kind])
         for name in OTHERS if args.others else ():
             _print(name, "memory", measure(name, surrogate, trials, None, 3))

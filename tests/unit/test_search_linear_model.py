@@ -15,14 +15,10 @@ from optuna.distributions import FloatDistribution  # noqa: E402
 from optuna.trial import create_trial  # noqa: E402
 
 from megatron_completedp.search import linear_model  # noqa: E402
+from megatron_completedp.search.moves import direction  # noqa: E402
 from megatron_completedp.search.trust_region import TrustRegionSampler  # noqa: E402
-from megatron_completedp.search.trust_state import (  # noqa: E402
-    START,
-    Rules,
-    Run,
-    fold,
-    step_after,
-)
+from megatron_completedp.search.trust_rules import START, Rules, step_after  # noqa: E402
+from megatron_completedp.search.trust_state import Run, fold  # noqa: E402
 from megatron_completedp.search.trust_trials import REPLICATE, TAG, Trials  # noqa: E402
 
 
@@ -197,10 +193,9 @@ def slope_seen(
     runs = [
         Run(slot, slot, 0, loss, (START,), scale) for slot, (_, loss, scale) in enumerate(children)
     ]
-    sampler = TrustRegionSampler(space=AXES, radius=1.0)
-    origin = dict.fromkeys(AXES, 0.0)
-    held = Trials(runs, trials, len(runs))
-    return sampler._descent(sampler.axes(AXES), held, origin, len(runs), 1.0, near)
+    axes = TrustRegionSampler(space=AXES, radius=1.0).axes(AXES)
+    origin, held = dict.fromkeys(AXES, 0.0), Trials(runs, trials, len(runs))
+    return direction(axes, held, origin, count=len(runs), scale=1.0, near=near, cliff=1.0)
 
 
 def point(a: float, b: float) -> dict[str, float]:

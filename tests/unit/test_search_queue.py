@@ -96,6 +96,7 @@ def test_a_dead_workers_trial_is_repeated_at_once(tmp_path: Path) -> None:
         assert first.params == taken.params
         assert second.system_attrs["failed_trial"] == 0
         assert begun(trials(other)) == 1
+        assert other.given_up(trials(other)) == []
 
 
 def test_a_dead_worker_whose_lock_is_left_is_found_by_its_heartbeats(tmp_path: Path) -> None:
@@ -127,6 +128,7 @@ def test_a_trial_is_repeated_only_so_often(tmp_path: Path) -> None:
     assert states(one) == ["FAIL", "FAIL", "FAIL"]
     assert [trial.system_attrs.get("retry_history") for trial in trials(one)] == [None, [0], [0, 1]]
     assert one.finished(), "one bad trial does not hold up the search"
+    assert one.given_up(trials(one)) == [2]
 
 
 def test_stops_by_a_signal_do_not_count(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import optuna
 import pytest
+from matplotlib.figure import Figure
 from optuna.trial import TrialState
 
 from megatron_completedp.errors import ConfigError, DataError
@@ -23,7 +24,7 @@ from megatron_completedp.search.history import Estimate, History
 from megatron_completedp.search.importance import importance
 from megatron_completedp.search.incumbent import incumbent
 from megatron_completedp.search.report import _changes_table, report
-from megatron_completedp.search.report_figures import Cell, cell, profiles, short
+from megatron_completedp.search.report_figures import Cell, cell, draw_progress, profiles, short
 from megatron_completedp.search.surrogate import synthetic
 from megatron_completedp.search.trials_file import FILE, read_export
 from megatron_completedp.study.page import write_report
@@ -163,6 +164,20 @@ def test_a_search_that_found_something_passes(trust: tuple[Search, optuna.Study]
     assert not any("on their bounds" in text for text in result.exceptions)
     (cost,) = (table for table in result.tables if table.title == "Cost")
     assert cost.rows[-1][:3] == ("in all", str(TRIALS + 1), f"{TRIALS * 2.8e11:.3g}")
+
+
+def test_the_base_run_is_drawn_below_the_best_so_far(trust: tuple[Search, optuna.Study]) -> None:
+    """Both with their bands; the runs that a point was chosen by are in neither."""
+    found, figure = history(*trust), Figure()
+    draw_progress(figure, found)
+    (axes,) = figure.axes
+    lines = {line.get_label(): line for line in axes.lines}
+    assert set(lines["base run"].get_ydata()) == {found.start.mean}
+    assert lines["best so far"].get_ydata()[-1] == found.estimate(found.held[-1].point).mean
+    base, best = axes.collections
+    (bottom, _, top) = np.unique(np.r_[base.get_paths()[0].vertices[:, 1], found.start.mean])
+    assert (top - bottom) / 2 == pytest.approx(found.start.half_width)
+    assert len(best.get_paths()) == 1
 
 
 def test_a_search_whose_sampler_has_options_is_reported(tmp_path: Path) -> None:

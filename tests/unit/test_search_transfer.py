@@ -11,6 +11,7 @@ from types import MappingProxyType
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from scipy import stats
 
 from megatron_completedp.config.load import load_config
@@ -25,6 +26,7 @@ from megatron_completedp.search.compare_settings import CompareSettings
 from megatron_completedp.search.settings import SearchSettings
 from megatron_completedp.search.space import Space
 from megatron_completedp.search.transfer import report
+from megatron_completedp.search.transfer_figures import draw_transfer
 from megatron_completedp.search.transfer_runs import TransferRuns, log_tokens_at, outside, saving
 from megatron_completedp.search.transfer_settings import SizeSettings, TransferSettings
 from megatron_completedp.study.results import Results
@@ -151,6 +153,16 @@ def test_the_verdict_is_about_the_ratio_and_its_interval(
     assert ratio.passed, "the point estimate alone is at least the ratio asked for"
     assert lowest.value <= ratio.value
     assert "point estimate; 95 % interval [" in ratio.note
+
+
+def test_the_figure_has_the_ratio_with_its_interval() -> None:
+    curves = {"proxy": {"global": [curve(0)] * 3, "types": [curve(s) for s in (0.4, 0.5, 0.6)]}}
+    found = saving(curves["proxy"]["global"], curves["proxy"]["types"], 17.0)
+    figure = Figure()
+    draw_transfer(figure, curves, {"proxy": found})
+    texts = [text.get_text() for text in figure.axes[0].texts]
+    # 2^0.5, and Student's t for 0.1 octaves over three seeds: 4.303 * 0.1 / sqrt(3) = 0.248.
+    assert "1.41x\n[1.19, 1.68]" in texts
 
 
 def test_recipes_are_carried_alike(settings: TransferSettings, tmp_path: Path) -> None:

@@ -12,15 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_completedp.errors import ConfigError
-from megatron_completedp.search.trust_state import (
-    OVERTAKEN_ROUNDS,
-    START,
-    Rules,
-    Run,
-    State,
-    fold,
-    step_after,
-)
+from megatron_completedp.search.trust_rules import START, Rules, step_after
+from megatron_completedp.search.trust_state import OVERTAKEN_ROUNDS, Run, State, fold
 
 
 def best_child(**rules: Any) -> Rules:
