@@ -136,7 +136,7 @@ def _report(settings: SearchSettings, out: Path, flags: OutFlag) -> None:
 
 
 def _compare(settings: CompareSettings, out: Path, flags: OutFlag) -> None:
-    from megatron_completedp.search.compare_report import run
+    from megatron_completedp.search.compare import run
 
     _show(run(settings, out, command=command_line(PROG)), out)
 

@@ -109,14 +109,8 @@ class HeldPoints:
             },
             text=text_of(self.base),
         )
-        wanted: dict[str, Point] = {}
-        for seed in self.settings.seeds:
-            for held in [{}, *self._held()]:
-                point = self.run(held, seed)
-                wanted.setdefault(point.id, point)
-        done = {row["id"] for row in results.rows()}
         train_points(
-            [point for name, point in wanted.items() if name not in done],
+            [self.run(held, seed) for seed in self.settings.seeds for held in [{}, *self._held()]],
             results,
             folder=self.folder,
             workers=self.settings.workers,

@@ -15,16 +15,17 @@ from statistics import fmean, stdev
 from megatron_completedp.config.load import load_config
 from megatron_completedp.plan.run_plan import Plan
 from megatron_completedp.search.heldout import text_of
+from megatron_completedp.search.saving import Saving, outside, saving
 from megatron_completedp.search.transfer_figures import draw_transfer
-from megatron_completedp.search.transfer_runs import Curve, Saving, TransferRuns, outside, saving
+from megatron_completedp.search.transfer_runs import TransferRuns
 from megatron_completedp.search.transfer_settings import TransferSettings
-from megatron_completedp.study.fit import mean_curve
+from megatron_completedp.study.fit import SeedCurve, mean_curve
 from megatron_completedp.study.report import FigureSpec, Finding, Report, Table
 from megatron_completedp.study.results import Results
 from megatron_completedp.study.tasks import train_points
 
 #: Losses per seed, by size and then recipe.
-Curves = Mapping[str, Mapping[str, Sequence[Curve]]]
+Curves = Mapping[str, Mapping[str, Sequence[SeedCurve]]]
 #: By size and then recipe, the baseline left out.
 Savings = Mapping[str, Mapping[str, Saving]]
 
@@ -38,7 +39,7 @@ def run(settings: TransferSettings, out: Path, *, command: str) -> Report:
     runs = TransferRuns(settings, load_config(settings.run), out / "runs")
     results = Results(out / "results.jsonl", runs.identity, text=text_of(runs.base))
     train_points(
-        runs.missing(results.rows()),
+        runs.points(),
         results,
         folder=runs.folder,
         workers=settings.workers,
@@ -150,7 +151,7 @@ def _ratio_table(savings: Savings) -> Table:
     )
 
 
-def _loss_table(of: Mapping[str, Sequence[Curve]], size: str) -> Table:
+def _loss_table(of: Mapping[str, Sequence[SeedCurve]], size: str) -> Table:
     rows = []
     for recipe, seeds in of.items():
         for x in sorted(seeds[0]):

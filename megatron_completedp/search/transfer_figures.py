@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from matplotlib.ticker import FuncFormatter
 
-from megatron_completedp.search.transfer_runs import Curve, Saving
-from megatron_completedp.study.fit import mean_curve
+from megatron_completedp.search.saving import Saving
+from megatron_completedp.study.fit import SeedCurve, mean_curve
 from megatron_completedp.study.plot import COLORS, label_lines, log2_axis
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 def draw_transfer(
     figure: Figure,
-    curves: Mapping[str, Mapping[str, Sequence[Curve]]],
+    curves: Mapping[str, Mapping[str, Sequence[SeedCurve]]],
     savings: Mapping[str, Saving],
 ) -> None:
     """A panel per size, a line per recipe; an arrow from the baseline's tokens to those needed.
@@ -40,7 +40,7 @@ def draw_transfer(
     panels[0].set_ylabel("held-out loss (nats/token)")
 
 
-def _draw_curve(axes: Axes, recipe: str, seeds: Sequence[Curve], color: str) -> None:
+def _draw_curve(axes: Axes, recipe: str, seeds: Sequence[SeedCurve], color: str) -> None:
     means = {x: loss for x, loss in mean_curve(seeds).items() if math.isfinite(loss)}
     tokens = [2**x for x in means]
     axes.plot(tokens, list(means.values()), "o-", color=color, markersize=4, label=recipe)

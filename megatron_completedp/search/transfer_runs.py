@@ -1,14 +1,12 @@
-"""The runs of `search transfer`, and what their losses say in tokens."""
+"""The runs of `search transfer`."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
-from itertools import pairwise
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 from megatron_completedp.config.load import identity
@@ -18,13 +16,10 @@ from megatron_completedp.errors import ConfigError
 from megatron_completedp.plan.run_plan import Plan
 from megatron_completedp.search.heldout import check_seeds, check_unseen, on_heldout
 from megatron_completedp.search.transfer_settings import SizeSettings, TransferSettings
-from megatron_completedp.study.fit import Interval, mean_curve, mean_interval
+from megatron_completedp.study.fit import SeedCurve
 from megatron_completedp.study.points import as_point, numbers_hash
 from megatron_completedp.study.sizes import Axis, moved
 from megatron_completedp.study.tasks import Point
-
-#: Validation loss of one seed by log2 of the trained tokens; infinite where the run diverged.
-Curve = Mapping[float, float]
 
 
 class TransferRuns:
@@ -98,19 +93,17 @@ class TransferRuns:
             labels={"recipe": recipe, "size": size, "tokens": config.train_tokens, "seed": seed},
         )
 
-    def missing(self, rows: Sequence[Mapping[str, Any]]) -> list[Point]:
-        """The runs without a row, one seed after the other and the longest first."""
-        done = {row["id"] for row in rows}
-        wanted: dict[str, Point] = {}
-        for seed in self.settings.seeds:
-            keys = sorted(self._configs, key=lambda key: -_cost(self._configs[key]))
-            for recipe, size, duration in keys:
-                point = self.point(recipe, size, duration, seed)
-                wanted.setdefault(point.id, point)
-        return [point for name, point in wanted.items() if name not in done]
+    def points(self) -> list[Point]:
+        """The runs, one seed after the other and the longest first; recipes may share some."""
+        keys = sorted(self._configs, key=lambda key: -_cost(self._configs[key]))
+        return [
+            self.point(recipe, size, duration, seed)
+            for seed in self.settings.seeds
+            for recipe, size, duration in keys
+        ]
 
-    def curves(self, recipe: str, size: str, rows: Sequence[Mapping[str, Any]]) -> list[Curve]:
-        """Loss over tokens, one curve per seed, in the order of the seeds."""
+    def curves(self, recipe: str, size: str, rows: Sequence[Mapping[str, Any]]) -> list[SeedCurve]:
+        """Loss over log2 of the tokens, one curve per seed, in the order of the seeds."""
         losses = {row["id"]: math.inf if row["diverged"] else float(row["loss"]) for row in rows}
         return [
             {
@@ -140,71 +133,3 @@ def _recipe(base: RunConfig, name: str, path: str) -> Recipe:
 
 def _cost(config: RunConfig) -> float:
     return config.model.parameters * config.train_tokens
-
-
-@dataclass(frozen=True)
-class Saving:
-    """How many tokens a recipe saves at the loss that the baseline reaches."""
-
-    level: float
-    """Loss of the baseline at its reference, nats per token; not finite where it diverged."""
-    reference: float
-    """log2 of the tokens that the baseline needs for it."""
-    needed: float
-    """log2 of the tokens that the recipe needs; NaN outside of what was trained."""
-    interval: Interval
-    """Of the ratio, Student's over seeds; NaN where one seed has no ratio of its own."""
-
-    @property
-    def ratio(self) -> float:
-        """Tokens of the baseline over those of the recipe; above 1 saves."""
-        return float(2.0 ** (self.reference - self.needed))
-
-    @property
-    def bracket(self) -> str:
-        """The interval as text."""
-        low, high = self.interval.low, self.interval.high
-        return "not known" if math.isnan(low) else f"[{low:.2f}, {high:.2f}]"
-
-
-def saving(baseline: Sequence[Curve], recipe: Sequence[Curve], reference: float) -> Saving:
-    """The tokens saved at the loss of `baseline` after 2^reference tokens.
-
-    The ratio is that of the mean curves. Curves are per seed, in the same order, and a seed's pair
-    shares its data and initial weights: the interval is as wide, in logs, as Student's of the mean
-    of the ratios that the seeds have one by one.
-    """
-    level = mean_curve(baseline)[reference]
-    needed = log_tokens_at(mean_curve(recipe), level)
-    by_seed = [
-        reference - log_tokens_at(ours, theirs[reference])
-        for theirs, ours in zip(baseline, recipe, strict=True)
-    ]
-    own = mean_interval(by_seed)
-    shift = reference - needed - fmean(by_seed)
-    return Saving(
-        level, reference, needed, Interval(2.0 ** (own.low + shift), 2.0 ** (own.high + shift))
-    )
-
-
-def log_tokens_at(curve: Curve, level: float) -> float:
-    """log2 of the tokens after which `curve` first reaches `level`, linear between its points.
-
-    NaN where it starts below or never gets there: nothing is extrapolated.
-    """
-    points = sorted(curve.items())
-    if points[0][1] < level:
-        return math.nan
-    for (x0, y0), (x1, y1) in pairwise(points):
-        if y1 <= level <= y0 and math.isfinite(y0):
-            return x0 if y0 == y1 else x0 + (y0 - level) / (y0 - y1) * (x1 - x0)
-    return math.nan
-
-
-def outside(curve: Curve, level: float) -> str:
-    """Why `log_tokens_at` has no answer."""
-    if not (math.isfinite(level) and all(math.isfinite(loss) for loss in curve.values())):
-        return "a run diverged"
-    if min(curve.items())[1] < level:
-        return "already its shortest run is better than the baseline's reference; add shorter ones"
-    return "even its longest run is worse than the baseline's reference; add longer ones"

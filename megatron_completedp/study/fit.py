@@ -16,7 +16,7 @@ RESAMPLES = 1000
 #: Quantiles of the 95 % interval.
 QUANTILES = (0.025, 0.975)
 
-#: Losses of one seed by log2 of the swept number's multiple; not finite where the run diverged.
+#: Losses of one seed by log2 of a number's multiple, or of tokens; not finite where a run diverged.
 SeedCurve = Mapping[float, float]
 
 

@@ -48,15 +48,16 @@ class Task(NamedTuple):
 def train_points(
     points: Sequence[Point], results: Results, *, folder: Path, workers: int, ranks: int
 ) -> None:
-    """Train every point that has no row in `results`, and return with the last.
+    """Train every point that has no row in `results`, once, and return with the last.
 
     `workers` of them at a time (0: one per set of `ranks` GPUs, or of cores without any), in the
     order given. `folder` gets the runs' YAML files, the claims and the workers' logs. Main thread
     only. Raises StudyStopped when a signal came, and CompletedPError for a run that could not be
     trained or a worker that died.
     """
-    tasks = []
-    for point in points:
+    done = {row["id"] for row in results.rows()}
+    tasks: list[Task] = []
+    for point in {point.id: point for point in points if point.id not in done}.values():
         check_world(point.config, ranks)
         file = folder / f"{point.id}.yaml"
         with atomic_write(file) as stream:
@@ -67,7 +68,6 @@ def train_points(
     devices = visible_devices(points[0].config)
     workers = min(worker_count(workers, ranks=ranks, devices=devices), len(tasks))
     logger.info("%d runs to train, %d at a time", len(tasks), workers)
-    reported = {row["id"] for row in results.rows()}
     crew = Crew(
         work=partial(_train_tasks, tasks, results, folder, ranks),
         logs=folder / "logs",
@@ -75,7 +75,7 @@ def train_points(
         ranks=ranks,
         devices=devices,
     )
-    crew.run(lambda: _report(tasks, results, reported))
+    crew.run(lambda: _report(tasks, results, done))
 
 
 def _report(tasks: Sequence[Task], results: Results, reported: set[str]) -> bool:

@@ -16,15 +16,16 @@ from matplotlib.figure import Figure
 from optuna.trial import TrialState
 
 from megatron_completedp.errors import ConfigError, DataError
-from megatron_completedp.search import compare_report
+from megatron_completedp.search import compare
 from megatron_completedp.search.access import Search
 from megatron_completedp.search.compare_settings import CompareSettings
 from megatron_completedp.search.held_points import HeldPoints
 from megatron_completedp.search.history import Estimate, History
 from megatron_completedp.search.importance import importance
 from megatron_completedp.search.incumbent import incumbent
-from megatron_completedp.search.report import _changes_table, report
+from megatron_completedp.search.report import report
 from megatron_completedp.search.report_figures import Cell, cell, draw_progress, profiles, short
+from megatron_completedp.search.report_tables import changes_table
 from megatron_completedp.search.surrogate import synthetic
 from megatron_completedp.search.trials_file import FILE, read_export
 from megatron_completedp.study.page import write_report
@@ -139,7 +140,7 @@ def test_a_dimension_on_its_bound_is_named_first(trust: tuple[Search, optuna.Stu
     # As read back from trials.jsonl, which rounds.
     point[last.name] = round(last.high, 6)
     assert found.space.on_bounds(point) == [last.name]
-    row = _changes_table(point, found.space, None).rows[0]
+    row = changes_table(point, found.space, None).rows[0]
     assert row[0] == short(last.name)
     assert row[3] == "0.25 to 4, on it"
 
@@ -365,7 +366,7 @@ def test_studies_that_were_given_unequal_amounts_are_not_compared(
             HeldPoints(replace(settings, studies={"trust_region": twice, "twice": twice}), tmp_path)
 
 
-def test_the_surrogate_of_a_space_is_searched_in_its_radii(
+def test_the_surrogate_of_a_space_is_searched_in_its_radii_and_kinds(
     trust: tuple[Search, optuna.Study],
     drawn: Search,
     tmp_path: Path,
@@ -376,12 +377,12 @@ def test_the_surrogate_of_a_space_is_searched_in_its_radii(
     given: dict[str, Any] = {}
     monkeypatch.setattr(HeldPoints, "surrogate", lambda self: synthetic(2))
     monkeypatch.setattr(
-        compare_report, "simulated", lambda *_, radius: given.update(radius) or {}["stop"]
+        compare, "simulated", lambda *_, region, **__: given.update(region) or {}["stop"]
     )
     with pytest.raises(KeyError, match="stop"):
-        compare_report.run(settings, tmp_path, command="")
-    assert given == {each.name: each.radius for each in trust[0].objective().space.dimensions}
-    assert len(set(given.values())) > 1
+        compare.run(settings, tmp_path, command="")
+    assert given == trust[0].objective().space.trust_region()
+    assert {len(set(given[name].values())) for name in ("radius", "kinds")} == {2, 7}
 
 
 def test_a_repeated_trial_takes_no_place_of_its_own(tmp_path: Path) -> None:

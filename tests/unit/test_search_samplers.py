@@ -10,8 +10,8 @@ import pytest
 optuna = pytest.importorskip("optuna")
 
 from megatron_completedp.errors import ConfigError  # noqa: E402
-from megatron_completedp.search.compare import compare  # noqa: E402
 from megatron_completedp.search.samplers import make_sampler  # noqa: E402
+from megatron_completedp.search.simulate import simulate  # noqa: E402
 from megatron_completedp.search.surrogate import synthetic  # noqa: E402
 
 #: What each needs beside Optuna; a sampler whose package is missing is skipped.
@@ -31,25 +31,14 @@ def test_a_sampler_runs_without_a_word_and_repeats_itself(
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("default")
         first, second = (
-            list(compare(surrogate, {name: settings}, runs=14, repeats=1)) for _ in range(2)
+            simulate(surrogate, name, repeat=0, runs=14, settings=settings) for _ in range(2)
         )
-    assert [step.loss for step in first] == [step.loss for step in second]
-    assert [step.runs for step in first] == list(range(1, 15))
+    assert first == second
+    assert len(first) == 14
     # The base is everyone's first run.
     assert first[0].loss == surrogate.level
     assert [str(w.message) for w in caught if "xperimental" in str(w.message)] == []
     assert capfd.readouterr().err == ""
-
-
-def test_labels_name_variants_of_one_sampler() -> None:
-    variants = {"guarded": {"name": "trust_region"}, "not": {"name": "trust_region", "guard": 0.0}}
-    steps = list(compare(synthetic(3), variants, runs=5, repeats=2))
-    assert [(step.sampler, step.repeat) for step in steps[::5]] == [
-        ("guarded", 0),
-        ("guarded", 1),
-        ("not", 0),
-        ("not", 1),
-    ]
 
 
 def test_cmaes_begins_at_the_start_with_the_start_radius() -> None:

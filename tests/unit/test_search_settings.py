@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ from megatron_completedp.config.load import build, to_tree
 from megatron_completedp.errors import ConfigError
 from megatron_completedp.search.__main__ import COMMANDS, main
 from megatron_completedp.search.settings import SearchSettings, database_url
+from megatron_completedp.search.trust_region import TrustRegionSampler
 
 
 def write(folder: Path, **changes: Any) -> Path:
@@ -67,7 +69,7 @@ def test_the_study_is_in_the_output_folder_unless_a_url_is_given() -> None:
         ({"sampler_options": {"round_size": 2.5}}, r"round_size=2\.5 must be a whole number"),
         # Of the splits, however they are spelt:
         ({"heldout": ["valid"]}, "heldout has valid, whose tokens data.train or data.valid"),
-        ({"heldout": ["other", "./train"]}, "heldout has ./train, which"),
+        ({"heldout": ["other", "./train"]}, "heldout has ./train, whose"),
     ],
 )
 def test_bad_settings_are_refused_before_anything_is_trained(
@@ -93,7 +95,7 @@ def test_a_dry_run_shows_the_bounds_and_begins_nothing(
     assert main(["run", "--config", str(config), "--out", str(out), "--dry-run"]) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     # e^-1.5, e^1.5 and the rules' radius of half a nat.
-    assert ["types.q.lr_mult", "0.223", "4.48", "1.65"] in lines
+    assert ["types.q.lr_mult", "0.135", "7.39", "1.65"] in lines
     assert lines[-1][:3] == ["types:", "76", "dimensions,"]
     assert not out.exists()
 
@@ -118,7 +120,7 @@ def test_the_usage_lists_every_command(capsys: pytest.CaptureFixture[str]) -> No
     assert main([]) == 2
 
 
-@pytest.mark.parametrize("command", ["run", "worker", "status", "recipe"])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_the_help_of_a_command_has_its_settings_and_an_example(
     command: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -126,8 +128,23 @@ def test_the_help_of_a_command_has_its_settings_and_an_example(
         main([command, "--help"])
     assert stop.value.code == 0
     text = capsys.readouterr().out
-    for part in ("--trials", "--database.url", "--config", "--out", "Example:", "search.yaml"):
+    own = {"compare": "--judged", "transfer": "--baseline"}.get(command, "--trials")
+    for part in (own, "--config", "--out", "Example:"):
         assert part in text
+    # What the example gives is what the command takes.
+    file = {"compare": "compare.yaml", "transfer": "transfer.yaml"}.get(command, "search.yaml")
+    assert f"{command} --config {file} --out runs/" in text
+
+
+def test_the_readme_lists_the_options_of_the_trust_region() -> None:
+    text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (`[a-z_`, ]+`) \| (\S+) \|", text, flags=re.MULTILINE)
+    listed = {name: value for names, value in rows for name in re.findall(r"`(\w+)`", names)}
+    expected = TrustRegionSampler.defaults()
+    assert {name: listed.get(name) for name in expected} == {
+        name: f"{value:g}" if not isinstance(value, bool) else str(value).lower()
+        for name, value in expected.items()
+    }
 
 
 def test_the_usage_needs_neither_torch_nor_optuna() -> None:

@@ -256,13 +256,13 @@ def test_radii_and_default_bounds_by_kind() -> None:
 
 
 def test_bounds_by_kind_and_by_name() -> None:
-    bounds = {"lr": (-1.0, 0.5), "types.k.lr_mult": (-0.1, 0.2), "one_minus_beta1": (-2.0, 2.2)}
+    bounds = {"lr": (-1.0, 0.5), "types.k.lr_mult": (-0.1, 0.2), "one_minus_beta1": (-2.0, 2.3)}
     by_name = {item.name: item for item in Space.of(proxy(), "full", bounds).dimensions}
     assert (by_name["types.q.lr_mult"].low, by_name["types.q.lr_mult"].high) == (-1.0, 0.5)
     assert (by_name["layers.q.lr_mult.2"].low, by_name["layers.q.lr_mult.2"].high) == (-1.0, 0.5)
     assert (by_name["types.k.lr_mult"].low, by_name["types.k.lr_mult"].high) == (-0.1, 0.2)
     # A kind's bound leaves each beta the room that it has.
-    assert by_name["types.q.one_minus_beta1_mult"].high < 2.2
+    assert by_name["types.q.one_minus_beta1_mult"].high < 2.3
     assert by_name["types.q.one_minus_beta1_mult"].low == -2.0
 
 

@@ -180,7 +180,7 @@ def test_a_server_that_is_not_there_is_an_outage_and_keeps_the_password(
 
 
 def test_what_no_waiting_mends_is_said_at_once(tmp_path: Path) -> None:
-    waits = DatabaseSettings(retry_s=1000)
+    waits = DatabaseSettings(retry_s=1000, grace_s=2000)
     start = time.monotonic()
     with pytest.raises(ConfigError, match="refuses: unable to open database file"):
         persist(lambda: connect(f"sqlite:///{tmp_path}/none/a.db", waits, tmp_path), waits)

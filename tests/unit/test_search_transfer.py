@@ -20,14 +20,15 @@ from megatron_completedp.config.run import RunConfig
 from megatron_completedp.core.ratios import Ratios
 from megatron_completedp.errors import ConfigError
 from megatron_completedp.search.access import Search
-from megatron_completedp.search.compare_report import _curves, _findings, _paired, _table, _welch
-from megatron_completedp.search.compare_report import run as compare
+from megatron_completedp.search.compare import _curves, _findings, _paired, _table, _welch
+from megatron_completedp.search.compare import run as compare
 from megatron_completedp.search.compare_settings import CompareSettings
+from megatron_completedp.search.saving import log_tokens_at, outside, saving
 from megatron_completedp.search.settings import SearchSettings
 from megatron_completedp.search.space import Space
 from megatron_completedp.search.transfer import report
 from megatron_completedp.search.transfer_figures import draw_transfer
-from megatron_completedp.search.transfer_runs import TransferRuns, log_tokens_at, outside, saving
+from megatron_completedp.search.transfer_runs import TransferRuns
 from megatron_completedp.search.transfer_settings import SizeSettings, TransferSettings
 from megatron_completedp.study.results import Results
 from megatron_completedp.study.settings import OutFlag, load_study
@@ -175,17 +176,19 @@ def test_recipes_are_carried_alike(settings: TransferSettings, tmp_path: Path) -
 
 
 def test_runs_with_the_same_numbers_are_shared(settings: TransferSettings, tmp_path: Path) -> None:
-    assert len(TransferRuns(settings, base(), tmp_path).missing([])) == 2 * 4 * 2
+    def runs(settings: TransferSettings) -> set[str]:
+        return {point.id for point in TransferRuns(settings, base(), tmp_path).points()}
+
+    assert len(runs(settings)) == 2 * 4 * 2
     same = replace(settings, recipes={"global": "", "recipe": ""})
-    assert len(TransferRuns(same, base(), tmp_path).missing([])) == 4 * 2
+    assert len(runs(same)) == 4 * 2
 
 
-def test_a_run_with_a_row_is_not_missing(settings: TransferSettings, tmp_path: Path) -> None:
-    runs = TransferRuns(settings, base(), tmp_path)
-    first, *rest = runs.missing([])
-    assert first.labels["seed"] == 1
+def test_the_longest_run_of_a_seed_comes_first(settings: TransferSettings, tmp_path: Path) -> None:
+    first, *_, last = TransferRuns(settings, base(), tmp_path).points()
+    assert (first.labels["seed"], last.labels["seed"]) == (1, 2)
     assert first.config.train_tokens == 4 * base().train_tokens
-    assert [point.id for point in runs.missing([{"id": first.id}])] == [p.id for p in rest]
+    assert last.config.train_tokens == base().train_tokens / 2
 
 
 def test_a_recipe_of_another_base_is_refused(settings: TransferSettings, tmp_path: Path) -> None:
