@@ -272,6 +272,19 @@ def test_every_example_is_a_search(examples: Path, tmp_path: Path, name: str) ->
     assert found.heldout == ("runs/search/data/heldout",)
 
 
+def test_a_start_that_was_chosen_by_its_seed_is_refused(tmp_path: Path) -> None:
+    """Its first run is low by luck; with another seed the same search may begin."""
+    shutil.copy(EXAMPLES / "tuned.yaml", tmp_path)
+    of = Recipe.of(base(), "global", Provenance(study="global", seeds=(2233, 2234)))
+    save_recipe(tmp_path / "global/recipe.yaml", of)
+    settings = SearchSettings(run=str(tmp_path / "tuned.yaml"))
+    with pytest.raises(ConfigError, match=r"seed is 2234, .* such as seed: 3234"):
+        Search(settings, tmp_path).objective()
+    file = tmp_path / "tuned.yaml"
+    file.write_text(file.read_text().replace("seed: 2234", "seed: 2235"))
+    assert Search(settings, tmp_path).objective().base.seed == 2235
+
+
 def test_the_example_of_transfer_reaches_16_times_the_compute(
     examples: Path, tmp_path: Path
 ) -> None:
