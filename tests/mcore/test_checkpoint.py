@@ -22,8 +22,7 @@ from megatron_completedp.core.hyperparams import Resolved
 from megatron_completedp.core.multipliers import ModuleMultipliers, Multipliers
 from megatron_completedp.core.roles import Module
 from megatron_completedp.errors import CheckpointError
-from megatron_completedp.mcore import engine as engine_module
-from megatron_completedp.mcore import sharded_state
+from megatron_completedp.mcore import data_parallel, sharded_state
 from megatron_completedp.mcore.checkpoint import Saver, resume
 from megatron_completedp.mcore.checkpoint_info import read_info, read_table
 from megatron_completedp.mcore.engine import Engine
@@ -141,7 +140,7 @@ def test_a_buffer_in_several_buckets_comes_back_bit_for_bit(
     """Masters and moments behind a bucket's padding; without our offsets they are a neighbour's."""
     config = run_config(SHARDED, training={"precision": "bf16"})
     one_each = partial(DistributedDataParallelConfig, bucket_size=1)  # 40M elements by default
-    monkeypatch.setattr(engine_module, "DistributedDataParallelConfig", one_each)
+    monkeypatch.setattr(data_parallel, "DistributedDataParallelConfig", one_each)
     if not fixed:
         monkeypatch.setattr(sharded_state, "offsets_without_padding", nullcontext)
     engine = engine_of(config, platform)
