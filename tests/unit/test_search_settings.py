@@ -19,6 +19,7 @@ from search_samples import RUN, objective, settings
 from megatron_completedp.config.load import build, to_tree
 from megatron_completedp.errors import ConfigError
 from megatron_completedp.search.__main__ import COMMANDS, main
+from megatron_completedp.search.access import sampler_by_slot
 from megatron_completedp.search.settings import SearchSettings, database_url
 from megatron_completedp.search.trust_region import TrustRegionSampler
 
@@ -168,8 +169,6 @@ def test_points_differ_by_their_numbers_alone(tmp_path: Path) -> None:
 
 def test_every_random_proposal_has_a_seed_of_its_own() -> None:
     """Workers of one seed would all propose the same otherwise, and so would a restarted one."""
-    from megatron_completedp.search.access import sampler_by_slot
-
     runs = objective(Path("out"))
     of = sampler_by_slot(settings(sampler="random"), runs.space)
     draws = []
@@ -181,8 +180,6 @@ def test_every_random_proposal_has_a_seed_of_its_own() -> None:
 
 @pytest.mark.parametrize("name", ["trust_region", "qmc", "turbo"])
 def test_what_draws_all_trials_from_one_sequence_has_one_seed(name: str) -> None:
-    from megatron_completedp.search.access import sampler_by_slot
-
     if name == "turbo":
         pytest.importorskip("botorch")
     of = sampler_by_slot(settings(sampler=name), objective(Path("out")).space)
@@ -200,3 +197,13 @@ def test_more_workers_than_a_round_are_warned_of(
     monkeypatch.setattr("megatron_completedp.study.crew.Crew.run", lambda self, watch: None)
     assert run(tmp_path, "--workers", str(workers)) == 0
     assert ("round_size is 24" in caplog.text) == warned
+
+
+def test_the_trust_region_is_told_the_kinds_of_numbers() -> None:
+    space = objective(Path("out"), level="types").space
+    sampler = sampler_by_slot(settings(level="types"), space)(0)
+    assert isinstance(sampler, TrustRegionSampler)
+    axes = sampler.axes(space.distributions())
+    assert {name: axis.kind for name, axis in axes.items()} == space.trust_region()["kinds"]
+    assert axes["types.q.lr_mult"].kind == axes["types.up.lr_mult"].kind == "types.lr"
+    assert axes["types.q.eps_mult"].kind == "types.eps"
