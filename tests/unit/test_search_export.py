@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,7 +22,7 @@ from megatron_completedp.search.incumbent import Incumbent
 from megatron_completedp.study.results import Results
 from megatron_completedp.study.settings import masked
 from megatron_completedp.study.tasks import Point
-from tests.search_report_samples import search
+from tests.search_report_samples import finished_study, search
 
 BEST = Incumbent({}, 3.0, 0.01, trials=(4,))
 
@@ -59,6 +60,26 @@ def test_heldout_losses_are_of_the_files_that_were_named(
     fewer = replace(base.base, evaluation=replace(base.base.evaluation, samples=8))
     with pytest.raises(ConfigError, match=r"samples was 512, is now 8"):
         export.heldout_losses(replace(base, base=fewer), settings, BEST, out=tmp_path, runs=3)
+
+
+def test_a_recipe_that_diverges_on_a_fresh_seed_has_no_mean(
+    tmp_path: Path, trained: list[Point], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    of = search(tmp_path, level="global")
+    manifest = SimpleNamespace(tokenizer_sha256="hash")
+    monkeypatch.setattr(export, "load_manifest", lambda prefix: manifest)
+    settings = replace(of.settings, heldout=("other",))
+    written = export.export(
+        finished_study(of, 8),
+        of.objective(),
+        settings,
+        out=tmp_path,
+        recipe=tmp_path / "recipe.yaml",
+        heldout_runs=3,
+    ).provenance
+    assert (written.heldout_loss, written.heldout_loss_standard_error) == (None, None)
+    assert written.heldout_seeds == tuple(point.config.seed for point in trained)
+    assert written.heldout_diverged == (trained[1].config.seed,)
 
 
 def test_the_study_is_not_read_with_other_settings(tmp_path: Path) -> None:

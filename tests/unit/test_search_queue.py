@@ -114,6 +114,7 @@ def test_a_dead_worker_whose_lock_is_left_is_found_by_its_heartbeats(tmp_path: P
         assert again is not None
         assert again.params == taken.params
         assert again.name == "0000-again1", "the lost one may still write into its folder"
+        assert trials(other)[0].user_attrs["flops"] == 0, "as far as its folder tells"
         # It was not dead, after all: its result comes too late, and breaks nothing.
         lost.complete(taken, facts(3.0))
         assert trials(other)[0].state == TrialState.FAIL
@@ -146,6 +147,18 @@ def test_stops_by_a_signal_do_not_count(tmp_path: Path) -> None:
         one.complete(taken, facts(3.0))
     assert states(one) == ["FAIL", "FAIL", "FAIL", "COMPLETE"]
     assert trials(one)[0].user_attrs["seconds"] == COST.seconds
+
+
+def test_a_given_back_trial_is_gone_on_with_in_its_folder(tmp_path: Path) -> None:
+    """Also by who asks while the other still holds the lock: its run is saved, and it has ended."""
+    one, other = queue(tmp_path, trials=1), queue(tmp_path, trials=1)
+    with ExitStack() as held, ExitStack() as mine:
+        taken = one.take(held)
+        assert taken is not None
+        one.give_back(taken, COST)
+        again = other.take(mine)
+        assert again is not None
+        assert again.name == taken.name == "0000"
 
 
 def test_a_worker_that_dies_between_failing_and_repeating_loses_nothing(tmp_path: Path) -> None:

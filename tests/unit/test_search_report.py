@@ -366,6 +366,16 @@ def test_studies_that_were_given_unequal_amounts_are_not_compared(
             HeldPoints(replace(settings, studies={"trust_region": twice, "twice": twice}), tmp_path)
 
 
+def test_the_surrogate_takes_as_many_trials_of_each_study(
+    trust: tuple[Search, optuna.Study], drawn: Search, tmp_path: Path
+) -> None:
+    studies = files(trust[0], drawn)
+    settings = CompareSettings(run=str(RUN), studies=studies, heldout=("heldout",), budgets=(5, 10))
+    held = HeldPoints(settings, tmp_path)
+    assert 10 < len(held._rows()) <= 2 * 10, "but for those out of the valley"
+    assert sum(len(one.finished) for group in held.histories.values() for one in group) > 50
+
+
 def test_the_surrogate_of_a_space_is_searched_in_its_radii_and_kinds(
     trust: tuple[Search, optuna.Study],
     drawn: Search,
