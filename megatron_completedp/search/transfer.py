@@ -80,8 +80,8 @@ def report(runs: TransferRuns, results: Results, *, command: str) -> Report:
                     "Held-out loss against tokens; each point is runs of their own, with their own "
                     "schedule. Mean of the seeds, band from the lowest to the highest. The arrow "
                     f"leads from the tokens of {settings.baseline} to those with which "
-                    f"{settings.judged} has the same loss; beneath it, their ratio with its 95 % "
-                    "interval."
+                    f"{settings.judged} has the same loss; in the corner, their ratio with its "
+                    "95 % interval."
                 ),
                 draw=partial(draw_transfer, curves=curves, savings=judged),
                 size=(4.2 * len(curves), 3.6),

@@ -64,15 +64,10 @@ def _draw_arrow(axes: Axes, found: Saving) -> None:
         xytext=(start, found.level),
         arrowprops={"arrowstyle": "->", "color": "#333333", "linewidth": 1.4},
     )
-    axes.annotate(
-        f"{found.ratio:.2f}x" + ("" if math.isnan(found.interval.low) else f"\n{found.bracket}"),
-        (math.sqrt(start * end), found.level),
-        xytext=(0, -4),
-        textcoords="offset points",
-        ha="center",
-        va="top",
-        bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1},
-    )
+    interval = "" if math.isnan(found.interval.low) else f" {found.bracket}"
+    # Losses fall to the right: this corner is free.
+    text, corner = f"{found.ratio:.2f}x{interval}", axes.transAxes
+    axes.text(0.98, 0.97, text, transform=corner, ha="right", va="top")
 
 
 def _short(tokens: float) -> str:

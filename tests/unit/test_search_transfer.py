@@ -163,7 +163,7 @@ def test_the_figure_has_the_ratio_with_its_interval() -> None:
     draw_transfer(figure, curves, {"proxy": found})
     texts = [text.get_text() for text in figure.axes[0].texts]
     # 2^0.5, and Student's t for 0.1 octaves over three seeds: 4.303 * 0.1 / sqrt(3) = 0.248.
-    assert "1.41x\n[1.19, 1.68]" in texts
+    assert "1.41x [1.19, 1.68]" in texts
 
 
 def test_recipes_are_carried_alike(settings: TransferSettings, tmp_path: Path) -> None:
