@@ -30,7 +30,7 @@ class Books:
         return sum(losses.values()) / len(losses) if losses else math.inf
 
     def bar(self, incumbent: int) -> float:
-        """What children must be below: the incumbent's loss on their seed.
+        """What children are held to: the incumbent's loss on their seed.
 
         The start's is its run of that seed. Any other incumbent was chosen by its run of that seed,
         so its fresh runs count, each corrected by how the start's losses on the two seeds differ.

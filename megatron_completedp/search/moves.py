@@ -14,18 +14,16 @@ from megatron_completedp.search.linear_model import Floats, descent
 from megatron_completedp.search.trust_rules import START, Rules
 from megatron_completedp.search.trust_trials import Trials
 
+Axes = Mapping[str, Axis]
+Params = dict[str, float]
+#: What a trial's system attribute says that it runs: see `TrustRegionSampler`.
+Tag = Mapping[str, Any]
+
 #: Children further from the incumbent than so many times a typical one say nothing about its slope.
 LOCAL = 2.5
 
 
-def child(
-    axes: Mapping[str, Axis],
-    trials: Trials,
-    tag: Mapping[str, Any],
-    *,
-    seed: int,
-    subset: float,
-) -> dict[str, float]:
+def child(axes: Axes, trials: Trials, tag: Tag, *, seed: int, subset: float) -> Params:
     """Centre + radius * u on a random subset of the coordinates, u uniform in [-1, 1].
 
     Drawn by (seed, slot). Uniform and not normal, so that "never outside the region" has no
@@ -44,14 +42,7 @@ def child(
     return found
 
 
-def step(
-    axes: Mapping[str, Axis],
-    trials: Trials,
-    tag: Mapping[str, Any],
-    *,
-    rules: Rules,
-    subset: float,
-) -> dict[str, float]:
+def step(axes: Axes, trials: Trials, tag: Tag, *, rules: Rules, subset: float) -> Params:
     """From the incumbent down a linear model of the children near it, in their region.
 
     As long as a typical child's step, sqrt(coordinates moved / 3) in radii; each coordinate is
@@ -73,7 +64,7 @@ def step(
 
 
 def direction(
-    axes: Mapping[str, Axis],
+    axes: Axes,
     trials: Trials,
     start: Mapping[str, float],
     *,
@@ -112,7 +103,7 @@ def direction(
     )
 
 
-def params_of(axes: Mapping[str, Axis], trials: Trials, point: int) -> dict[str, float]:
+def params_of(axes: Axes, trials: Trials, point: int) -> Params:
     """The parameters of `point`, which is the start or one that a trial was asked to run."""
     if point == START:
         return {name: axis.value(axis.start) for name, axis in axes.items()}
@@ -121,6 +112,6 @@ def params_of(axes: Mapping[str, Axis], trials: Trials, point: int) -> dict[str,
     return {name: trial.params[name] for name in axes}
 
 
-def _moved(axes: Mapping[str, Axis], subset: float) -> int:
+def _moved(axes: Axes, subset: float) -> int:
     """How many coordinates a child moves."""
     return max(1, round(subset * len(axes)))

@@ -5,10 +5,9 @@
 A proposal is what the sampler does for a new trial: read the study, decide, draw the point and note
 what it runs. `storage` is what Optuna does around it: create the trial, write each parameter, write
 the value. Both on the storage in memory and on SQLite in a temporary folder, which takes minutes to
-fill. Times are the median
-over rounds of the process's own CPU seconds, which leave out other processes' turns; `wall` is the
-clock's. --others adds the other samplers' proposals in memory, of which gp and turbo take seconds;
-random draws while the parameters are written.
+fill. Times are the median over rounds of the process's own CPU seconds, which leave out other
+processes' turns; `wall` is the clock's. --others adds the other samplers' proposals in memory, of
+which gp and turbo take seconds; random draws while the parameters are written.
 
 The last line is one JSON object: ms is the proposal in memory and slowest_ms the slowest of them,
 one of about 27 that takes the step down the linear model; sqlite_ms the same as ms on SQLite;

@@ -4,8 +4,8 @@ Times what a worker does around a trial's training (looking for dead workers, as
 parameter, entering the result), with a sampler that costs nothing, on a study that has grown to
 150 trials of 79 parameters. SQLite in a temporary folder, and PostgreSQL where it is installed.
 `cpu` is the worker's own CPU time, which other processes' turns do not lengthen; `wall` the
-clock's. The share is that of a trial of 14 seconds, as examples/search has them. The last
-line is one JSON object.
+clock's, with the server's part. The share is that of `wall` in a trial of 14 seconds, as
+examples/search has them. The last line is one JSON object.
 """
 
 from __future__ import annotations

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
-from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 import numpy as np
 import optuna
@@ -16,21 +13,17 @@ from matplotlib.figure import Figure
 from optuna.trial import TrialState
 
 from megatron_completedp.errors import ConfigError, DataError
-from megatron_completedp.search import compare
 from megatron_completedp.search.access import Search
-from megatron_completedp.search.compare_settings import CompareSettings
-from megatron_completedp.search.held_points import HeldPoints
 from megatron_completedp.search.history import Estimate, History
 from megatron_completedp.search.importance import importance
 from megatron_completedp.search.incumbent import incumbent
 from megatron_completedp.search.report import report
 from megatron_completedp.search.report_figures import Cell, cell, draw_progress, profiles, short
 from megatron_completedp.search.report_tables import changes_table
-from megatron_completedp.search.surrogate import synthetic
 from megatron_completedp.search.trials_file import FILE, read_export
 from megatron_completedp.study.page import write_report
 from megatron_completedp.study.report import Report
-from tests.search_report_samples import NOISE, RUN, finished_study, search, surrogate_of
+from tests.search_report_samples import NOISE, finished_study, search, surrogate_of
 
 TRIALS = 70
 
@@ -246,153 +239,6 @@ def test_importance_on_noise_is_not_above_chance(tmp_path: Path) -> None:
 def test_too_few_trials_have_no_importance(tmp_path: Path) -> None:
     of = search(tmp_path, level="global")
     assert importance(history(of, finished_study(of, 5)), ceiling=7.0) is None
-
-
-def files(*searches: Search) -> dict[str, tuple[str, ...]]:
-    """One study for each of the samplers."""
-    return {of.settings.sampler: (str(of.out / FILE),) for of in searches}
-
-
-@pytest.fixture(scope="module")
-def drawn(tmp_path_factory: pytest.TempPathFactory) -> Search:
-    """A finished search by random draws, to be compared with `trust`."""
-    of = search(tmp_path_factory.mktemp("random"), sampler="random")
-    finished_study(of, TRIALS)
-    return of
-
-
-def test_studies_of_different_spaces_are_not_compared(
-    trust: tuple[Search, optuna.Study], tmp_path: Path
-) -> None:
-    other = search(tmp_path, level="global", sampler="random")
-    finished_study(other, 5)
-    studies = {"trust_region": (str(trust[0].out / FILE),), "random": (str(tmp_path / FILE),)}
-    settings = CompareSettings(
-        run=str(RUN), studies=studies, heldout=("heldout",), samplers=("trust_region", "random")
-    )
-    with pytest.raises(ConfigError, match=r"space\.level was types, is now global"):
-        HeldPoints(settings, tmp_path)
-    with pytest.raises(ConfigError, match="heldout has runs/search/data/valid"):
-        HeldPoints(replace(settings, heldout=("runs/search/data/valid",)), tmp_path)
-
-
-def test_a_study_is_compared_by_what_it_held_at_each_budget(
-    trust: tuple[Search, optuna.Study], drawn: Search, tmp_path: Path
-) -> None:
-    of, study = trust
-    settings = CompareSettings(
-        run=str(RUN),
-        studies=files(of, drawn),
-        samplers=("trust_region", "random"),
-        budgets=(1, TRIALS),
-        seeds=(1, 2),
-        heldout=("heldout",),
-    )
-    held = HeldPoints(settings, tmp_path)
-    best = history(of, study).held[-1].point
-    rounded = {name: round(value, 6) for name, value in best.items()}
-    rows: list[dict[str, Any]] = []
-    for point in ({}, *held._held()):
-        for seed in settings.seeds:
-            loss = 3.5 - 0.1 * (point == rounded) + seed
-            rows.append({"id": held.run(point, seed).id, "diverged": False, "loss": loss})
-    gains = held.gains(rows)["trust_region"]
-    # After one trial the start is not yet known: the base run would be used.
-    np.testing.assert_allclose(gains, [[[0, 0], [0.1, 0.1]]], atol=1e-12)
-    base = held.run({}, 2).id
-    broken = [{**row, "diverged": row["diverged"] or row["id"] == base} for row in rows]
-    with pytest.raises(ConfigError, match=r"base run .* diverged with seed 2"):
-        held.gains(broken)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"budgets": (10, TRIALS + 1)}, "'sample' has 70 trials, fewer than the budget of 71"),
-        # The base run's seed, which is the first run's of every point.
-        ({"seeds": (1, 1234)}, "seeds has 1234, which trials"),
-    ],
-)
-def test_a_study_that_is_short_or_had_the_seeds_is_not_compared(
-    trust: tuple[Search, optuna.Study],
-    drawn: Search,
-    tmp_path: Path,
-    changes: dict[str, Any],
-    message: str,
-) -> None:
-    studies = files(trust[0], drawn)
-    fine = CompareSettings(run=str(RUN), studies=studies, heldout=("heldout",), budgets=(10,))
-    HeldPoints(fine, tmp_path)
-    with pytest.raises(ConfigError, match=message):
-        HeldPoints(replace(fine, **changes), tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"seeds": 3}, "seeds was 1, is now 3"),
-        ({"samples": 1024}, "samples was 512, is now 1024"),
-        ({"proposals.prune": True}, "stopped trials early"),
-        ({}, "studies.trust_region and studies.twice are of one sampler"),
-    ],
-)
-def test_studies_that_were_given_unequal_amounts_are_not_compared(
-    trust: tuple[Search, optuna.Study], tmp_path: Path, change: dict[str, Any], message: str
-) -> None:
-    of, _ = trust
-    lines = (of.out / FILE).read_text(encoding="utf-8").splitlines()
-    header = json.loads(lines[0])
-    for path, value in change.items():
-        *sections, name = path.split(".")
-        tree = header["identity"]
-        for section in sections:
-            tree = tree[section]
-        tree[name] = value
-    other = tmp_path / FILE
-    other.write_text("\n".join([json.dumps(header), *lines[1:]]) + "\n", encoding="utf-8")
-    first = str(of.out / FILE)
-    settings = CompareSettings(
-        run=str(RUN),
-        studies={"trust_region": (first,), "twice": (str(other),)},
-        heldout=("heldout",),
-        budgets=(10,),
-        samplers=("trust_region", "random"),
-    )
-    with pytest.raises(ConfigError, match=message):
-        HeldPoints(settings, tmp_path)
-    if not change:
-        twice = (first, str(other))
-        with pytest.raises(ConfigError, match="two studies of one seed"):
-            HeldPoints(replace(settings, studies={"trust_region": twice, "twice": twice}), tmp_path)
-
-
-def test_the_surrogate_takes_as_many_trials_of_each_study(
-    trust: tuple[Search, optuna.Study], drawn: Search, tmp_path: Path
-) -> None:
-    studies = files(trust[0], drawn)
-    settings = CompareSettings(run=str(RUN), studies=studies, heldout=("heldout",), budgets=(5, 10))
-    held = HeldPoints(settings, tmp_path)
-    assert 10 < len(held._rows()) <= 2 * 10, "but for those out of the valley"
-    assert sum(len(one.finished) for group in held.histories.values() for one in group) > 50
-
-
-def test_the_surrogate_of_a_space_is_searched_in_its_radii_and_kinds(
-    trust: tuple[Search, optuna.Study],
-    drawn: Search,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    studies = files(trust[0], drawn)
-    settings = CompareSettings(run=str(RUN), studies=studies, heldout=("heldout",), budgets=(10,))
-    given: dict[str, Any] = {}
-    monkeypatch.setattr(HeldPoints, "surrogate", lambda self: synthetic(2))
-    monkeypatch.setattr(
-        compare, "simulated", lambda *_, region, **__: given.update(region) or {}["stop"]
-    )
-    with pytest.raises(KeyError, match="stop"):
-        compare.run(settings, tmp_path, command="")
-    assert given == trust[0].objective().space.trust_region()
-    assert {len(set(given[name].values())) for name in ("radius", "kinds")} == {2, 7}
 
 
 def test_a_repeated_trial_takes_no_place_of_its_own(tmp_path: Path) -> None:

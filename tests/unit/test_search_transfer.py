@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from types import MappingProxyType
 
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
-from scipy import stats
 
 from megatron_completedp.config.load import load_config
 from megatron_completedp.config.recipe import Provenance, Recipe, save_recipe
@@ -20,8 +17,6 @@ from megatron_completedp.config.run import RunConfig
 from megatron_completedp.core.ratios import Ratios
 from megatron_completedp.errors import ConfigError
 from megatron_completedp.search.access import Search
-from megatron_completedp.search.compare import _curves, _findings, _paired, _table, _welch
-from megatron_completedp.search.compare import run as compare
 from megatron_completedp.search.compare_settings import CompareSettings
 from megatron_completedp.search.saving import log_tokens_at, outside, saving
 from megatron_completedp.search.settings import SearchSettings
@@ -315,93 +310,3 @@ def test_the_example_of_compare_names_the_searches(examples: Path) -> None:
     paths = [Path(path) for paths in found.studies.values() for path in paths]
     assert {path.parent.name for path in paths} == {"types", *SEARCHES[3:]}
     assert {path.parents[1] for path in paths} == {examples}
-
-
-def test_samplers_are_compared_on_a_surrogate(tmp_path: Path) -> None:
-    settings = CompareSettings(samplers=("trust_region", "random"), runs=20, repeats=3)
-    found = compare(settings, tmp_path, command="search compare")
-    assert [figure.name for figure in found.figures] == ["surrogate"]
-    (table,) = found.tables
-    assert [row[0] for row in table.rows] == ["trust_region", "random"]
-    # Random points of 79 dimensions fall off a cliff: what is held is the base run itself.
-    assert table.rows[1][-2] == "+0.0000"
-    difference, lower = found.findings
-    assert not difference.held
-    # Fewer runs than a round: neither has moved, and a tie is no gain.
-    assert difference.value == lower.value == 0
-    assert not lower.passed
-    rows = (tmp_path / "surrogate.jsonl").read_text(encoding="utf-8").splitlines()[1:]
-    assert [len(json.loads(row)["gains"]) for row in rows] == [20] * 6
-    # Kept repeats are not simulated again, and more are joined to them.
-    again = compare(replace(settings, repeats=4), tmp_path, command="search compare")
-    after = (tmp_path / "surrogate.jsonl").read_text(encoding="utf-8").splitlines()[1:]
-    assert after[:6] == rows
-    assert len(after) == 8
-    assert "over 4 pairs" in again.findings[1].note
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"samplers": ("random", "tpe")}, "expected trust_region"),
-        ({"repeats": 2}, "repeats is 2"),
-        ({"budgets": (0, 10)}, "expected trials, 1 or more"),
-        ({"workers": -1}, "workers is -1 and ranks 1"),
-        ({"ranks": 0}, "workers is 0 and ranks 0"),
-        ({"seeds": (1, 1)}, "expected different seeds"),
-        (
-            {
-                "studies": MappingProxyType({"trust_region": ("a",), "tpe": ()}),
-                "run": "run.yaml",
-                "heldout": ("heldout",),
-            },
-            r"studies\.tpe is empty",
-        ),
-        (
-            {
-                "studies": MappingProxyType({"trust_region": ("a", "b"), "tpe": ("c",)}),
-                "run": "run.yaml",
-                "heldout": ("heldout",),
-            },
-            "2 of trust_region, 1 of tpe; one study's seeds",
-        ),
-        (
-            {"studies": MappingProxyType({"trust_region": ("a",), "tpe": ("b",)})},
-            "run, heldout, seeds or budgets is empty",
-        ),
-    ],
-)
-def test_a_comparison_of_nothing_is_refused(changes: dict[str, object], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        CompareSettings(**changes)  # type: ignore[arg-type]
-
-
-def test_the_interval_of_a_difference_is_students() -> None:
-    """Pairs lose what they share; studies have only their own scatter (scipy's tests, here)."""
-    ours, theirs = [1.0, 2.0, 4.0], [0.0, 1.1, 1.2]
-    paired = stats.ttest_rel(ours, theirs).confidence_interval(0.95)
-    found = _paired(ours, theirs)
-    assert (found.low, found.high) == pytest.approx((paired.low, paired.high))
-    assert math.isnan(_paired(ours[:1], theirs[:1]).low)
-    welch = stats.ttest_ind(ours, theirs[:2], equal_var=False).confidence_interval(0.95)
-    found = _welch(ours, theirs[:2])
-    assert (found.low, found.high) == pytest.approx((welch.low, welch.high))
-
-
-@pytest.mark.parametrize("repeats", [1, 2])
-def test_a_held_point_that_diverges_fails_and_is_said(repeats: int) -> None:
-    """With one study or several, on the last budget; it is no crash after all the training."""
-    settings = CompareSettings(
-        run="run.yaml",
-        studies=dict.fromkeys(("trust_region", "tpe"), ("file",) * repeats),
-        heldout=("heldout",),
-        budgets=(2,),
-    )
-    gained = {"trust_region": [{2: 0.1}, {2: -math.inf}], "tpe": [{2: 0.05}, {2: 0.04}]}
-    difference, lower = _findings(settings, gained, "training")
-    assert difference.value == -math.inf
-    assert "a point that trust_region held diverged" in difference.note
-    assert "tpe held" not in difference.note
-    assert not lower.passed
-    (row, _) = _table("training", _curves(gained), settings).rows
-    assert row == ("trust_region", "-inf", "-")
