@@ -38,7 +38,7 @@ setup(
         # tools/evaluate.py: scores on local files.
         "evaluate": ["lm_eval", "accelerate", "transformers"],
         # psycopg: a study in PostgreSQL; cmaes: the sampler of this name.
-        "search": ["optuna>=4", "cmaes", "psycopg[binary]"],
+        "search": ["optuna>=4,<6", "cmaes", "psycopg[binary]"],
         # The sampler turbo.
         "turbo": ["botorch"],
         # tools/convert_checkpoint.py: protobuf reads SentencePiece models.

@@ -126,7 +126,7 @@ def _report(ladder: Ladder, found: Sequence[LadderResult], rows: Sequence[Row]) 
 def judge(settings: TransferSettings, judged: LadderResult) -> Finding:
     """The verdict on one parametrization; a size without an optimum fails it."""
     low, high = judged.span_interval.low, judged.span_interval.high
-    note = f"95 % interval {judged.span_interval}"
+    note = f"95 % interval {judged.span_interval:+.2f}"
     if low <= settings.max_drift <= high:
         note += ", which holds the bound: more seeds would tell"
     note += f"; {_by_window(judged)}"
@@ -149,10 +149,10 @@ def compare(settings: TransferSettings, other: LadderResult, judged: LadderResul
         value, note = float(len(other.problems)), "; ".join(other.problems)
     else:
         what, value = _what(settings, other), other.span
-        note = f"for comparison; 95 % interval {other.span_interval}; {_by_window(other)}"
+        note = f"for comparison; 95 % interval {other.span_interval:+.2f}; {_by_window(other)}"
         more, interval = excess(other, judged, window=settings.window)
         if not math.isnan(more):
-            note += f"; {more:+.2f} {interval} more than {judged.parametrization}"
+            note += f"; {more:+.2f} {interval:+.2f} more than {judged.parametrization}"
     return Finding(what=what, value=value, low=-math.inf, high=math.inf, note=note)
 
 
@@ -220,9 +220,9 @@ def _row(item: SizeResult) -> tuple[str, ...]:
     return (
         str(item.size),
         _number(item.best.x, "+.2f"),
-        str(item.best_interval),
+        f"{item.best_interval:+.2f}",
         _number(item.drift, "+.2f"),
-        str(item.drift_interval),
+        f"{item.drift_interval:+.2f}",
         _number(item.best.loss, ".4f"),
         _number(item.loss_lost, "+.4f"),
         ", ".join(f"{x:+g}" for x, loss in item.means.items() if math.isinf(loss)) or "none",
@@ -234,7 +234,7 @@ def _exponent_table(ladder: Ladder, found: Sequence[LadderResult]) -> Table:
     for result in found:
         exponent = fitted_exponent(ladder, result)
         value = _number(exponent.value, ".3f")
-        intervals = (str(exponent.interval), str(exponent.line_interval))
+        intervals = (f"{exponent.interval:+.2f}", f"{exponent.line_interval:+.2f}")
         rows.append((result.parametrization, value, *intervals))
     return Table(
         title="duration exponent p that the optima ask for",

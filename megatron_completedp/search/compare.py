@@ -123,8 +123,7 @@ def _findings(settings: CompareSettings, gained: Gains, kind: str) -> Iterator[F
         # A tie shows nothing.
         low=math.nextafter(0.0, math.inf),
         high=math.inf,
-        note=f"{_bracket(interval)} over {len(ours)} {'pairs' if paired else 'studies'}, "
-        "Student's t",
+        note=f"{interval:+.4f} over {len(ours)} {'pairs' if paired else 'studies'}, Student's t",
     )
 
 
@@ -145,10 +144,6 @@ def _welch(ours: Sequence[float], theirs: Sequence[float]) -> Interval:
     return student(fmean(ours) - fmean(theirs), sum(parts), freedom)
 
 
-def _bracket(found: Interval) -> str:
-    return "-" if math.isnan(found.low) else f"[{found.low:+.4f}, {found.high:+.4f}]"
-
-
 def _table(kind: str, curves: Mapping[str, Curve], settings: CompareSettings) -> Table:
     every = sorted(next(iter(curves.values())))
     shown = [runs for runs in every if runs in settings.budgets or runs == every[-1]]
@@ -157,7 +152,7 @@ def _table(kind: str, curves: Mapping[str, Curve], settings: CompareSettings) ->
         cells: list[str] = []
         for runs in shown:
             mean, interval = of[runs]
-            cells += [f"{mean:+.4f}", _bracket(interval)]
+            cells += [f"{mean:+.4f}", f"{interval:+.4f}"]
         rows.append((name, *cells))
     header = [part for runs in shown for part in (f"after {runs}", "95 % interval")]
     return Table(

@@ -29,12 +29,6 @@ class Saving:
         """Tokens of the baseline over those of the recipe; above 1 saves."""
         return float(2.0 ** (self.reference - self.needed))
 
-    @property
-    def bracket(self) -> str:
-        """The interval as text."""
-        low, high = self.interval.low, self.interval.high
-        return "not known" if math.isnan(low) else f"[{low:.2f}, {high:.2f}]"
-
 
 def saving(baseline: Sequence[SeedCurve], recipe: Sequence[SeedCurve], reference: float) -> Saving:
     """The tokens saved at the loss of `baseline` after 2^reference tokens.

@@ -105,7 +105,7 @@ def _findings(settings: TransferSettings, curves: Curves, savings: Savings) -> l
         for recipe, each in by_recipe.items():
             judged = recipe == settings.judged
             what = f"tokens of {settings.baseline} over those of {recipe}, {size}"
-            note = f"point estimate; 95 % interval {each.bracket}"
+            note = f"point estimate; 95 % interval {each.interval:.2f}"
             if math.isnan(each.needed):
                 note = outside(mean_curve(curves[size][recipe]), each.level)
                 if not judged:
@@ -137,8 +137,8 @@ def _ratio_table(savings: Savings) -> Table:
     for size, by_recipe in savings.items():
         for recipe, each in by_recipe.items():
             ratio = "-" if math.isnan(each.needed) else f"{each.ratio:.2f}"
-            tokens = f"{2**each.reference:,.0f}"
-            rows.append((f"{size}, {recipe}", ratio, each.bracket, tokens, f"{each.level:.4f}"))
+            where = (f"{2**each.reference:,.0f}", f"{each.level:.4f}")
+            rows.append((f"{size}, {recipe}", ratio, f"{each.interval:.2f}", *where))
     return Table(
         title="Tokens at equal loss",
         header=("size, recipe", "ratio", "95 % interval", "at tokens", "at loss"),

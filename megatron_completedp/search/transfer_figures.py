@@ -64,7 +64,7 @@ def _draw_arrow(axes: Axes, found: Saving) -> None:
         xytext=(start, found.level),
         arrowprops={"arrowstyle": "->", "color": "#333333", "linewidth": 1.4},
     )
-    interval = "" if math.isnan(found.interval.low) else f" {found.bracket}"
+    interval = "" if math.isnan(found.interval.low) else f" {found.interval:.2f}"
     # Losses fall to the right: this corner is free.
     text, corner = f"{found.ratio:.2f}x{interval}", axes.transAxes
     axes.text(0.98, 0.97, text, transform=corner, ha="right", va="top")

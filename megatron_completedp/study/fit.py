@@ -131,8 +131,9 @@ class Interval:
     low: float
     high: float
 
-    def __str__(self) -> str:
-        return "-" if math.isnan(self.low) else f"[{self.low:+.2f}, {self.high:+.2f}]"
+    def __format__(self, spec: str) -> str:
+        """Both ends in brackets, each as `spec` says; "-" where there is none."""
+        return "-" if math.isnan(self.low) else f"[{self.low:{spec}}, {self.high:{spec}}]"
 
 
 def student(value: float, squared_error: float, freedom: float) -> Interval:
