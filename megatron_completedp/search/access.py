@@ -51,6 +51,11 @@ class Search:
         }
         return {**self.objective().identity, "proposals": proposals}
 
+    def check(self, study: optuna.Study) -> None:
+        """Raise ConfigError, with the differences, for a study that is another search."""
+        text = text_of(self.objective().base)
+        check_identity(study, self.identity(), text=text)
+
     def join(self, worker: str, stop: Stop) -> Queue:
         """The trials of the study, which is made if it does not exist, for the worker of this name.
 
@@ -87,13 +92,14 @@ class Search:
 
 
 def _check_seed(seed: int, path: str) -> None:
-    """Raise ConfigError for a first run that the search behind the recipe at `path` chose by."""
+    """Raise ConfigError for a seed from which a search would come to those behind the recipe."""
     recipe, _ = load_recipe(path)
-    if seed in (had := recipe.provenance.seeds):
+    # Runs count up from the seed.
+    if ahead := [had for had in recipe.provenance.seeds if had >= seed]:
         raise ConfigError(
-            f"seed is {seed}, with which the search behind {path} chose this very point: its run "
-            "of that seed is low by luck, and others look worse beside it. Give the run a seed of "
-            f"its own, such as seed: {max(had) + 1000}."
+            f"seed is {seed}, and runs count up from it to {min(ahead)}, with which the search "
+            f"behind {path} chose this very point: its run of that seed is low by luck, and others "
+            f"look worse beside it. Give the run a later one, such as seed: {max(ahead) + 1000}."
         )
 
 
@@ -111,7 +117,7 @@ def read(search: Search) -> optuna.Study:
         lambda: load_study(connect(url, settings.database, search.out), settings.name),
         settings.database,
     )
-    check_identity(study, search.identity())
+    search.check(study)
     study.sampler = sampler_by_slot(settings, search.objective().space)(0)
     return study
 
@@ -126,7 +132,7 @@ def load(search: Search) -> optuna.Study:
     if not search.settings.database.url and not here.exists() and file.exists():
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         study = read_export(file)
-        check_identity(study, search.identity())
+        search.check(study)
     else:
         study = read(search)
         write_export(study, file)

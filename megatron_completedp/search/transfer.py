@@ -119,12 +119,13 @@ def _findings(settings: TransferSettings, curves: Curves, savings: Savings) -> l
                     note=note if judged else f"for comparison; {note}",
                 )
             )
-            if judged and len(settings.seeds) > 1 and not math.isnan(each.needed):
+            if judged and not math.isnan(each.needed):
                 found.append(
                     Finding(
                         what=f"{what}: lower end of the 95 % interval",
                         value=each.interval.low,
-                        low=math.nextafter(1.0, math.inf),
+                        low=1.0,
+                        strict=True,
                         high=math.inf,
                         note="must be above 1, the ratio of a recipe that saves nothing",
                     )

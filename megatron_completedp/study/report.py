@@ -31,11 +31,13 @@ class Finding:
     """Largest value that passes; inf for none."""
     note: str = ""
     """Why this bound, or what to look at when it fails."""
+    strict: bool = False
+    """Whether `low` itself fails, too."""
 
     @property
     def passed(self) -> bool:
         """Whether the value lies within the bounds; NaN lies nowhere."""
-        return self.low <= self.value <= self.high
+        return self.low <= self.value <= self.high and not (self.strict and self.value == self.low)
 
     @property
     def held(self) -> bool:
@@ -50,7 +52,7 @@ class Finding:
         if math.isinf(self.low):
             return f"at most {self.high:.4g}"
         if math.isinf(self.high):
-            return f"at least {self.low:.4g}"
+            return f"{'above' if self.strict else 'at least'} {self.low:.4g}"
         return f"{self.low:.4g} to {self.high:.4g}"
 
 

@@ -96,7 +96,7 @@ def test_a_dry_run_shows_the_bounds_and_begins_nothing(
     assert main(["run", "--config", str(config), "--out", str(out), "--dry-run"]) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     # e^-1.5, e^1.5 and the rules' radius of half a nat.
-    assert ["types.q.lr_mult", "0.135", "7.39", "1.65"] in lines
+    assert ["types.q.lr_mult", "0.223", "4.48", "1.65"] in lines
     assert lines[-1][:3] == ["types:", "76", "dimensions,"]
     assert not out.exists()
 

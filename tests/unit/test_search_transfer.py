@@ -112,7 +112,7 @@ def test_three_seeds_cover_the_ratio() -> None:
 def test_a_seed_without_a_ratio_leaves_no_interval() -> None:
     found = saving([curve(0)] * 3, [curve(0.5), curve(0.5), curve(1.2)], 17.0)
     assert found.ratio > 1
-    assert found.bracket == "not known"
+    assert f"{found.interval:.2f}" == "-"
 
 
 def test_what_was_not_trained_has_no_ratio_but_a_reason() -> None:
@@ -144,6 +144,8 @@ def test_the_verdict_is_about_the_ratio_and_its_interval(
                 results.append({**row, "diverged": False})
     found = report(runs, results, command="search transfer")
     assert found.passed is passed
+    one = TransferRuns(replace(settings, seeds=(1,)), base(), tmp_path)
+    assert not report(one, results, command="search transfer").passed, "one seed has no scatter"
     ratio, lowest = found.findings
     assert ratio.value == pytest.approx(2**saved)
     assert ratio.passed, "the point estimate alone is at least the ratio asked for"
@@ -188,7 +190,7 @@ def test_the_longest_run_of_a_seed_comes_first(settings: TransferSettings, tmp_p
 
 def test_a_recipe_of_another_base_is_refused(settings: TransferSettings, tmp_path: Path) -> None:
     other = base()
-    wider = replace(other, training=replace(other.training, train_tokens=409_600))
+    wider = replace(other, training=replace(other.training, train_tokens=204_800))
     with pytest.raises(ConfigError, match=r"recipes\.recipe: .* was tuned at another base"):
         TransferRuns(settings, wider, tmp_path)
 
@@ -262,7 +264,7 @@ def test_every_example_is_a_search(examples: Path, tmp_path: Path, name: str) ->
     )
     assert out == Path("examples/search") / name
     objective = Search(found, tmp_path).objective()
-    assert objective.base.train_tokens == 204_800
+    assert objective.base.train_tokens == 409_600
     assert objective.base.base in (None, base().scale)
     assert found.heldout == ("runs/search/data/heldout",)
 
@@ -276,7 +278,10 @@ def test_a_start_that_was_chosen_by_its_seed_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"seed is 2234, .* such as seed: 3234"):
         Search(settings, tmp_path).objective()
     file = tmp_path / "tuned.yaml"
-    file.write_text(file.read_text().replace("seed: 2234", "seed: 2235"))
+    file.write_text(file.read_text().replace("seed: 2234", "seed: 2000"))
+    with pytest.raises(ConfigError, match=r"seed is 2000, and runs count up from it to 2233, "):
+        Search(settings, tmp_path).objective()
+    file.write_text(file.read_text().replace("seed: 2000", "seed: 2235"))
     assert Search(settings, tmp_path).objective().base.seed == 2235
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib as mpl
@@ -47,6 +48,12 @@ def test_bounds_in_words() -> None:
     assert finding(0, low=-math.inf).bounds == "at most 0.1"
     assert finding(0, high=math.inf).bounds == "at least -0.1"
     assert finding(0, low=-math.inf, high=math.inf).bounds == "any number"
+    assert replace(finding(0, high=math.inf), strict=True).bounds == "above -0.1"
+
+
+def test_a_strict_bound_is_no_pass() -> None:
+    assert not replace(finding(-0.1), strict=True).passed
+    assert replace(finding(-0.0999), strict=True).passed
 
 
 def test_one_failed_finding_fails_the_report() -> None:
