@@ -71,13 +71,11 @@ def write_exponent(path: Path, exponent: Exponent) -> str:
             f"{path} was left as it is. Look at the sweeps: longer horizons, wider sweeps or more "
             "seeds are needed."
         )
-    low, high = exponent.interval.low, exponent.interval.high
     comment = "no interval: too few seeds"
-    if not math.isnan(low):
-        comment = f"95 % over seeds [{low:.3f}, {high:.3f}]"
-    low, high = exponent.line_interval.low, exponent.line_interval.high
-    if not math.isnan(low):
-        comment += f", of the line [{low:.3f}, {high:.3f}]"
+    if not math.isnan(exponent.interval.low):
+        comment = f"95 % over seeds {exponent.interval:.3f}"
+    if not math.isnan(exponent.line_interval.low):
+        comment += f", of the line {exponent.line_interval:.3f}"
     line = f"duration_exponent: {value}  # fitted by check transfer, {comment}\n"
     text = path.read_text(encoding="utf-8")
     text, found = _LINE.subn(line, text)

@@ -48,6 +48,8 @@ class Provenance:
     """Mean validation loss at the base over its runs, nats per token."""
     loss_standard_error: float | None = None
     """Of that mean, over the seeds."""
+    diverged: int = 0
+    """Further runs of this point in the study that diverged."""
     heldout_loss: float | None = None
     """Mean loss of fresh runs at the base on text that no trial was compared on.
 

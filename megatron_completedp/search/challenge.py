@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from megatron_completedp.search.seed_noise import SeedNoise
+from megatron_completedp.search.seed_noise import SeedNoise, near_lowest
 from megatron_completedp.search.trust_rules import START, Rules
 
 
@@ -51,9 +51,7 @@ class Books:
         if not math.isfinite(loss):
             return
         losses = {**self.losses.get(point, {}), replicate: loss}
-        # A repetition off the cliff is no sample of the noise, whichever came first.
-        edge = min(losses.values()) + self.rules.cliff
-        self.losses[point] = {key: value for key, value in losses.items() if value <= edge}
+        self.losses[point] = near_lowest(losses, self.rules.cliff)
         self.noise.replace(point, self.losses[point])
 
     def missing(self, point: int, replicates: int) -> tuple[tuple[int, int], ...]:

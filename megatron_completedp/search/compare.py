@@ -38,6 +38,7 @@ def run(settings: CompareSettings, out: Path, *, command: str) -> Report:
             runs=settings.runs,
             repeats=settings.repeats,
             region=region,
+            options=held.options() if held else {},
         )
     }
     if held:
@@ -120,8 +121,8 @@ def _findings(settings: CompareSettings, gained: Gains, kind: str) -> Iterator[F
     yield Finding(
         what=f"{what}: lower end of its 95 % interval",
         value=interval.low,
-        # A tie shows nothing.
-        low=math.nextafter(0.0, math.inf),
+        low=0.0,
+        strict=True,  # a tie shows nothing
         high=math.inf,
         note=f"{interval:+.4f} over {len(ours)} {'pairs' if paired else 'studies'}, Student's t",
     )

@@ -17,11 +17,13 @@ from megatron_completedp.config.load import identity
 from megatron_completedp.config.recipe import Provenance, Recipe, save_recipe
 from megatron_completedp.data.manifest import load_manifest
 from megatron_completedp.errors import ConfigError
+from megatron_completedp.plan.run_plan import Plan
 from megatron_completedp.search.heldout import every_seed, on_heldout, text_of
 from megatron_completedp.search.incumbent import Incumbent, incumbent
 from megatron_completedp.search.objective import Objective
 from megatron_completedp.search.settings import SearchSettings
 from megatron_completedp.study.code import git_commit, sources_hash
+from megatron_completedp.study.points import numbers_hash
 from megatron_completedp.study.results import Results
 from megatron_completedp.study.tasks import Point, train_points
 
@@ -63,6 +65,7 @@ def export(
         seeds=tuple(sorted(every_seed(study, objective.base.seed))),
         loss=best.loss,
         loss_standard_error=_or_none(best.standard_error),
+        diverged=best.diverged,
         heldout_loss=statistics.fmean(losses) if whole else None,
         heldout_loss_standard_error=_standard_error(losses) if whole else None,
         heldout_seeds=tuple(found),
@@ -90,13 +93,14 @@ def heldout_losses(
         return {}
     base = on_heldout(objective.base, settings.heldout)
     point = objective.space.apply(base, best.params)
+    numbers = numbers_hash(Plan.of(point))
     points = []
     for index in range(runs):
         seed = objective.seeds_of(FIRST_HELDOUT_REPLICATE)[0] + index
-        name = f"trial{best.trials[0]:04d}_seed{seed}"
+        name = f"trial{best.trials[0]:04d}_{numbers}_seed{seed}"
         folder = out / "heldout" / name
         points.append(Point(name, replace(point, seed=seed, run_dir=str(folder)), {"seed": seed}))
-    # A row's id has the trial and the seed.
+    # A row's id has the point's numbers and the seed: another search may come to this folder.
     meaning = {"samples": base.evaluation.samples, "run": identity(base)}
     results = Results(out / "heldout" / "results.jsonl", meaning, text=text_of(base))
     train_points(

@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import optuna
 
@@ -23,11 +23,12 @@ from megatron_completedp.search.heldout import check_seeds, every_seed, on_heldo
 from megatron_completedp.search.history import History
 from megatron_completedp.search.importance import in_the_valley, predicted, rows_of
 from megatron_completedp.search.queue import begun
+from megatron_completedp.search.samplers import SamplerName
 from megatron_completedp.search.space import Space
 from megatron_completedp.search.surrogate import Row, Surrogate, fit
 from megatron_completedp.search.trials_file import read_export
 from megatron_completedp.study.points import as_point, numbers_hash
-from megatron_completedp.study.results import Results, differences, text_differences
+from megatron_completedp.study.results import Results, differences, in_words, text_differences
 from megatron_completedp.study.tasks import Point, train_points
 
 
@@ -60,7 +61,7 @@ class HeldPoints:
             if found:
                 raise ConfigError(
                     f"the study {study.study_name!r} is no search of the same kind: "
-                    f"{'; '.join(found)}. Compare studies of one run, level and bounds, whose "
+                    f"{in_words(found)}. Compare studies of one run, level and bounds, whose "
                     "trials cost the same."
                 )
             if own["proposals"]["prune"]:
@@ -98,6 +99,14 @@ class HeldPoints:
             for row in rows_of(one, max(self.settings.budgets))
         ]
         return in_the_valley(every)
+
+    def options(self) -> dict[str, Mapping[str, Any]]:
+        """The options of the studies' samplers, by sampler, for the surrogate."""
+        of = {
+            name: group[0].study.user_attrs["identity"]["proposals"]
+            for name, group in self.histories.items()
+        }
+        return {name: each["options"] for name, each in of.items() if each["sampler"] == name}
 
     def train(self, out: Path) -> list[dict[str, Any]]:
         """Train what has no row in OUT/results.jsonl; every row."""
@@ -178,6 +187,12 @@ def _check_repeats(studies: Mapping[str, Sequence[optuna.Study]]) -> None:
             raise ConfigError(
                 f"studies.{name} has two studies of one seed, which propose the same points; a "
                 "repeat has a seed of its own."
+            )
+        sampler = proposals[0]["sampler"]
+        if name in get_args(SamplerName) and name != sampler:
+            raise ConfigError(
+                f"studies.{name} has studies of the sampler {sampler}; give them under its own "
+                "name, or under one that is no sampler's."
             )
         if (other := kinds.setdefault(kind.pop(), name)) != name:
             raise ConfigError(

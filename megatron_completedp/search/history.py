@@ -19,10 +19,11 @@ from optuna.trial import FrozenTrial, TrialState
 
 from megatron_completedp.search.incumbent import incumbent
 from megatron_completedp.search.samplers import make_sampler
-from megatron_completedp.search.seed_noise import Gain, SeedNoise
+from megatron_completedp.search.seed_noise import Gain, SeedNoise, near_lowest
 from megatron_completedp.search.space import Space
+from megatron_completedp.search.trust_rules import Rules
 from megatron_completedp.search.trust_trials import DIVERGED, FIRST_TRY, REPLICATE
-from megatron_completedp.study.fit import pooled_deviation, student
+from megatron_completedp.study.fit import Interval, pooled_deviation, student
 
 
 @dataclass(frozen=True)
@@ -46,14 +47,9 @@ class Estimate:
         return math.nan if self.biased or not self.runs else self.noise / math.sqrt(self.runs)
 
     @property
-    def half_width(self) -> float:
-        """Of the 95 % interval, by Student's t for the noise's degrees of freedom."""
-        return half_width(self.standard_error, self.freedom)
-
-
-def half_width(standard_error: float, freedom: int) -> float:
-    """Half of the 95 % interval of a normal mean; NaN where nothing is known."""
-    return student(0.0, standard_error**2, freedom).high
+    def interval(self) -> Interval:
+        """Of the mean, by Student's t for the noise's degrees of freedom."""
+        return student(self.mean, self.standard_error**2, self.freedom)
 
 
 @dataclass(frozen=True)
@@ -101,12 +97,16 @@ class History:
         return found
 
     @cached_property
-    def _unbiased(self) -> Mapping[tuple[float, ...], Sequence[float]]:
-        """The losses by point that no choice was made by."""
-        return {
-            key: [_value(trial) for trial in runs if not self.chosen_for(trial)]
-            for key, runs in self._by_point.items()
-        }
+    def _unbiased(self) -> Mapping[tuple[float, ...], Sequence[FrozenTrial]]:
+        """The runs by point that no choice was made by, without those that fell off a cliff."""
+        options = self.study.user_attrs["identity"]["proposals"]["options"]
+        cliff = options.get("cliff", Rules.cliff)
+        found = {}
+        for key, runs in self._by_point.items():
+            fresh = [trial for trial in runs if not self.chosen_for(trial)]
+            near = near_lowest({trial.number: _value(trial) for trial in fresh}, cliff)
+            found[key] = [trial for trial in fresh if trial.number in near]
+        return found
 
     def chosen_for(self, trial: FrozenTrial) -> bool:
         """Whether `trial` is the run that its point was kept for, and so its loss too low."""
@@ -118,24 +118,22 @@ class History:
 
         NaN and 0 where no point has two unbiased runs.
         """
-        return pooled_deviation(self._unbiased.values())
+        return pooled_deviation([list(map(_value, runs)) for runs in self._unbiased.values()])
 
     def estimate(self, point: Mapping[str, float]) -> Estimate:
         """The loss at `point`, by all that the study knows of it."""
         key = self._key(point)
-        losses = self._unbiased.get(key, ())
-        biased = not losses and key in self._by_point
-        if biased:
-            losses = [_value(trial) for trial in self._by_point[key]]
+        runs = self._unbiased.get(key, ())
+        biased = not runs and key in self._by_point
+        losses = [_value(run) for run in (self._by_point[key] if biased else runs)]
         mean = fmean(losses) if losses else math.nan
         return Estimate(mean, len(losses), biased, *self.noise)
 
     def gain(self, point: Mapping[str, float]) -> Gain | None:
         """How far `point` is below the start, in runs it was not chosen by; None without any."""
         seeds = SeedNoise()
-        for key, runs in self._by_point.items():
-            fresh = {_replicate(run): _value(run) for run in runs if not self.chosen_for(run)}
-            seeds.replace(key, fresh)
+        for key, runs in self._unbiased.items():
+            seeds.replace(key, {_replicate(run): _value(run) for run in runs})
         start, key = self._key({}), self._key(point)
         if not (self._unbiased.get(start) and self._unbiased.get(key)):
             return None
@@ -146,7 +144,13 @@ class History:
     def challenges(self) -> int:
         """Points other than the start that were run again, to tell whether they are better."""
         start = self._key({})
-        return sum(bool(losses) for key, losses in self._unbiased.items() if key != start)
+        return sum(bool(runs) for key, runs in self._unbiased.items() if key != start)
+
+    def diverged(self, point: Mapping[str, float]) -> int:
+        """How many runs of `point` diverged."""
+        key, well = self._key(point), {trial.number for trial in self.well}
+        own = (trial for trial in self.finished if self._key(trial.params) == key)
+        return sum(trial.number not in well for trial in own)
 
     @property
     def start(self) -> Estimate:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -13,6 +14,8 @@ from optuna.trial import FrozenTrial, TrialState
 from megatron_completedp.search.trust_region import TrustRegionSampler
 from megatron_completedp.search.trust_trials import DIVERGED
 from megatron_completedp.study.fit import pooled_deviation
+
+_Key = tuple[tuple[str, float], ...]
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,8 @@ class Incumbent:
     """Of that mean, from the seed noise; NaN where no point was run twice."""
     trials: tuple[int, ...]
     """Numbers of its trials that ended well."""
+    diverged: int
+    """How many more of its trials diverged."""
 
 
 def incumbent(study: optuna.Study) -> Incumbent | None:
@@ -34,31 +39,41 @@ def incumbent(study: optuna.Study) -> Incumbent | None:
     Trust region: the point that challengers must beat, its loss without the run it was chosen for.
     Others: the lowest mean over a point's runs, which was chosen for being low: it is biased.
     """
-    groups: dict[tuple[tuple[str, float], ...], list[FrozenTrial]] = {}
+    groups: dict[_Key, list[FrozenTrial]] = {}
+    diverged: Counter[_Key] = Counter()
     for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
-        if not trial.user_attrs.get(DIVERGED):
-            groups.setdefault(tuple(sorted(trial.params.items())), []).append(trial)
+        if trial.user_attrs.get(DIVERGED):
+            diverged[_key(trial.params)] += 1
+        else:
+            groups.setdefault(_key(trial.params), []).append(trial)
     if not groups:
         return None
     if isinstance(study.sampler, TrustRegionSampler):
         state = study.sampler.state(study)
         params = study.sampler.params(study, state.incumbent)
-        own = groups.get(tuple(sorted(params.items())), [])
+        own = groups.get(_key(params), [])
         if not math.isfinite(state.loss) or not own:
             return None
         error = state.noise / math.sqrt(state.runs) if math.isfinite(state.noise) else math.nan
-        return _incumbent(own, state.loss, error)
+        return _incumbent(own, diverged, state.loss, error)
     best = min(groups.values(), key=_mean)
     noise, _ = pooled_deviation([[_value(trial) for trial in own] for own in groups.values()])
-    return _incumbent(best, _mean(best), noise / math.sqrt(len(best)))
+    return _incumbent(best, diverged, _mean(best), noise / math.sqrt(len(best)))
 
 
-def _incumbent(own: Sequence[FrozenTrial], loss: float, error: float) -> Incumbent:
+def _key(params: Mapping[str, float]) -> _Key:
+    return tuple(sorted(params.items()))
+
+
+def _incumbent(
+    own: Sequence[FrozenTrial], diverged: Counter[_Key], loss: float, error: float
+) -> Incumbent:
     return Incumbent(
         params=dict(own[0].params),
         loss=loss,
         standard_error=error,
         trials=tuple(trial.number for trial in own),
+        diverged=diverged[_key(own[0].params)],
     )
 
 

@@ -14,7 +14,7 @@ from scipy import stats
 
 from megatron_completedp.errors import ConfigError
 from megatron_completedp.search.access import Search, load
-from megatron_completedp.search.history import Estimate, History, half_width
+from megatron_completedp.search.history import Estimate, History
 from megatron_completedp.search.importance import Importance, importance, rows_of
 from megatron_completedp.search.objective import Objective
 from megatron_completedp.search.report_figures import (
@@ -30,6 +30,7 @@ from megatron_completedp.search.report_figures import (
 )
 from megatron_completedp.search.report_tables import changes_table, cost_table, loss_table
 from megatron_completedp.search.surrogate import Valley, fit
+from megatron_completedp.study.fit import student
 from megatron_completedp.study.report import FigureSpec, Finding, Report
 
 
@@ -65,9 +66,11 @@ def _findings(history: History, point: Mapping[str, float]) -> tuple[Finding, ..
     if gain is None:
         note = _why_unknown(history.start, history.estimate(point))
     else:
-        half = half_width(gain.standard_error, gain.freedom)
-        nats = f"{gain.nats:.4f} +- {half:.4f} nats/token"
-        note = f"{nats} (95 %, not corrected for choosing among challengers)"
+        interval = student(gain.nats, gain.standard_error**2, gain.freedom)
+        note = (
+            f"{gain.nats:.4f} nats/token, 95 % interval {interval:.4f}, not corrected for choosing "
+            "among challengers"
+        )
     return (
         Finding(
             what="gain of the best point over the base run, in its standard errors",
@@ -213,6 +216,11 @@ def _limits(
         limits.append(
             "The gain's interval leaves out that the point won several comparisons with these very "
             f"runs. The bound allows for it: {history.challenges} points were run again."
+        )
+    if diverged := history.diverged(point):
+        limits.append(
+            f"{diverged} more runs of the best point diverged. Losses are those of the others: it "
+            "is near a cliff."
         )
     if on_bound := history.space.on_bounds(point):
         limits.append(

@@ -93,8 +93,8 @@ def _range(means: Sequence[float]) -> tuple[float, float]:
 
 
 def _band(axes: Axes, xs: Sequence[float], estimates: Sequence[Estimate], color: str) -> None:
-    low = [each.mean - each.half_width for each in estimates]
-    high = [each.mean + each.half_width for each in estimates]
+    low = [each.interval.low for each in estimates]
+    high = [each.interval.high for each in estimates]
     axes.fill_between(xs, low, high, step="post", color=color, alpha=0.18, linewidth=0)
 
 
@@ -181,7 +181,7 @@ def draw_cliffs(
 ) -> None:
     """A line per dimension: where runs ended well (bar), where they diverged (crosses), the best.
 
-    `valleys` has the cliffs that would explain the diverged runs (brackets).
+    `valleys` has the cliffs that would explain the diverged runs (black ticks).
     """
     axes = figure.subplots()
     names = history.space.names

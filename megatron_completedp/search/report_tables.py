@@ -23,8 +23,7 @@ def loss_table(start: Estimate, best: Estimate) -> Table:
     """Losses of the base run and of the best point."""
     rows = []
     for name, each in (("base run", start), ("best point", best)):
-        interval = "-" if math.isnan(each.half_width) else f"+- {each.half_width:.4f}"
-        rows.append((name, f"{each.mean:.4f}", interval, str(each.runs)))
+        rows.append((name, f"{each.mean:.4f}", f"{each.interval:.4f}", str(each.runs)))
     return Table(
         title="Loss",
         header=("point", "validation loss", "95 % interval", "runs"),

@@ -34,6 +34,15 @@ class Gain(NamedTuple):
     """Degrees of freedom of the error."""
 
 
+def near_lowest(losses: Mapping[int, float], cliff: float) -> dict[int, float]:
+    """The runs of one point without those more than `cliff` nats above its lowest.
+
+    A run off the cliff is no sample of the noise: its value says that something broke.
+    """
+    edge = min(losses.values(), default=math.inf) + cliff
+    return {key: loss for key, loss in losses.items() if loss <= edge}
+
+
 class SeedNoise:
     """Deviations of a run within its point, with and without the effects of seeds.
 

@@ -65,7 +65,7 @@ class SearchSettings:
     sampler: str = "trust_region"
     """Who proposes: trust_region, random, qmc, tpe, cmaes, gp or turbo."""
     sampler_options: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
-    """Other values for the sampler's numbers, by name, such as round_size."""
+    """Other values for the sampler's numbers, by name, such as round_size; a switch is 0 or 1."""
     trials: int = 100
     """Points to train, those that diverge included; a repeated trial does not count again."""
     seed: int = 0

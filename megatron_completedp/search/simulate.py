@@ -90,18 +90,20 @@ def simulated(
     runs: int,
     repeats: int,
     region: Mapping[str, Mapping[str, Any]],
+    options: Mapping[str, Mapping[str, Any]],
 ) -> Gains:
     """Nats gained over the base without noise, by sampler: a curve over runs for each repeat.
 
-    Repeats are kept in `file` and not simulated again by the same code: gp and turbo take seconds
-    for a proposal. Raises ConfigError for a sampler that cannot be made, before anything is run.
+    `options` are those of samplers that do not have their defaults, by sampler. Repeats are kept in
+    `file` and not simulated again by the same code: gp and turbo take seconds for a proposal.
+    Raises ConfigError for a sampler that cannot be made, before anything is run.
     """
     for name in samplers:
-        make_sampler(name, seed=0, space=surrogate.space, **region)
+        make_sampler(name, seed=0, space=surrogate.space, settings=options.get(name), **region)
     start = surrogate.loss(dict.fromkeys(surrogate.valleys, 0.0))
     results = Results(file, {})
     # A row of another surrogate, length or code is left where it is, and not taken for these.
-    key = surrogate_key(surrogate, region=region, runs=runs)
+    key = surrogate_key(surrogate, region=region, options=options, runs=runs)
 
     def kept() -> dict[tuple[str, int], Sequence[float]]:
         own = (row for row in results.rows() if row["of"] == key)
@@ -112,7 +114,14 @@ def simulated(
         for repeat in range(repeats):
             if (name, repeat) in done:
                 continue
-            steps = simulate(surrogate, name, repeat=repeat, runs=runs, region=region)
+            steps = simulate(
+                surrogate,
+                name,
+                repeat=repeat,
+                runs=runs,
+                region=region,
+                settings=options.get(name),
+            )
             # Before a point is recommended, the base run would be used.
             gains = [start - step.loss if math.isfinite(step.loss) else 0.0 for step in steps]
             row = {"of": key, "sampler": name, "repeat": repeat, "diverged": steps[-1].diverged}
@@ -125,13 +134,19 @@ def simulated(
 
 
 def surrogate_key(
-    surrogate: Surrogate, *, region: Mapping[str, Mapping[str, Any]], runs: int
+    surrogate: Surrogate,
+    *,
+    region: Mapping[str, Mapping[str, Any]],
+    options: Mapping[str, Mapping[str, Any]],
+    runs: int,
 ) -> str:
-    """Identity of a simulated curve: surrogate to six digits, region, runs, hash of the sources."""
+    """Identity of a simulated curve: surrogate to six digits, settings, hash of the sources."""
     of = surrogate
     rows: list[list[object]] = [[of.level, of.noise, of.seed_noise, of.ceiling, runs]]
     for name, valley in of.valleys.items():
         rows.append([name, *astuple(valley), *(each[name] for each in region.values())])
+    for name, given in sorted(options.items()):
+        rows.append([name, *sorted(given.items())])
     text = [[f"{x:.6g}" if isinstance(x, float) else str(x) for x in row] for row in rows]
     return hashlib.sha256(f"{text} {sources_hash()}".encode()).hexdigest()[:16]
 

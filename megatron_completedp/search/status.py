@@ -38,8 +38,11 @@ def _best(study: optuna.Study) -> str:
     if best is None:
         return "none yet"
     runs = len(best.trials)
-    error = "" if math.isnan(best.standard_error) else f" +- {best.standard_error:.4f}"
-    return f"{best.loss:.4f}{error} nats/token (trial {best.trials[0]}, run {runs} times)"
+    known = not math.isnan(best.standard_error)
+    error = f" +- {best.standard_error:.4f} (standard error)" if known else ""
+    diverged = f", {best.diverged} more diverged" if best.diverged else ""
+    where = f"trial {best.trials[0]}, run {runs} times{diverged}"
+    return f"{best.loss:.4f}{error} nats/token ({where})"
 
 
 def _running(trial: FrozenTrial) -> str:

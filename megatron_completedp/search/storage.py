@@ -25,7 +25,7 @@ from megatron_completedp.data.claims import claim
 from megatron_completedp.errors import ConfigError
 from megatron_completedp.search.settings import TRIALS_FOLDER, DatabaseSettings
 from megatron_completedp.study.code import code_version
-from megatron_completedp.study.results import differences, text_differences
+from megatron_completedp.study.results import differences, in_words, text_differences
 from megatron_completedp.study.settings import masked
 
 logger = logging.getLogger(__name__)
@@ -131,7 +131,7 @@ def check_identity(
     if found := [*found, *text_differences(kept.get("text", {}), text or {})]:
         raise ConfigError(
             f"the study {study.study_name!r} is another search than these settings: "
-            f"{'; '.join(found)}. Give this one another --out (and another name where they share a "
+            f"{in_words(found)}. Give this one another --out (and another name where they share a "
             "database), or restore what differs."
         )
 

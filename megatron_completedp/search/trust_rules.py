@@ -43,8 +43,9 @@ class Rules:
     guard: float = 2.0
     """Standard errors by which a challenger must win on equal seeds; 0 takes any lower mean."""
     cliff: float = 1.0
-    """Nats above the incumbent from which a run ranks last and is never averaged: its value says
-    that something broke, not how good the point is. inf to average everything that is finite."""
+    """Nats above which a run is off a cliff: above its point's lowest run it is never averaged,
+    above the round's lowest child no part of the model, above the incumbent none of the centre. Its
+    value says that something broke, not how good the point is. 100, say, for no cliffs."""
     allowance: float = 1.0
     """Standard errors of a difference between two single runs on equal seeds that a run may lie
     above the incumbent and still be a success, and a step still challenge. Without it noise alone,

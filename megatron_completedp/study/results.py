@@ -10,7 +10,7 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -20,6 +20,9 @@ from megatron_completedp.errors import ConfigError, DataError
 
 #: Stands for a setting that only one of two identities has.
 _ABSENT = "(not given)"
+
+#: Differences that an error lists.
+_SHOWN = 8
 
 
 class Results:
@@ -92,7 +95,7 @@ class Results:
         found = list(differences(header["identity"], self._identity))
         if found := [*found, *text_differences(header.get("text", {}), self._text)]:
             raise ConfigError(
-                f"{self.path} holds results of another config: {'; '.join(found)}. Give "
+                f"{self.path} holds results of another config: {in_words(found)}. Give "
                 "another --out, or delete the folder to measure again."
             )
 
@@ -114,6 +117,13 @@ def differences(saved: object, now: object, path: str = "") -> Iterator[str]:
             yield from differences(old.get(key, _ABSENT), new.get(key, _ABSENT), below)
     elif saved != now:
         yield f"{path} was {saved}, is now {now}"
+
+
+def in_words(found: Sequence[str]) -> str:
+    """Differences in one line, the most general first, and no more of them than can be read."""
+    shown = sorted(found, key=lambda each: each.split(" was ")[0].count("."))[:_SHOWN]
+    more = len(found) - len(shown)
+    return "; ".join(shown) + (f"; and {more} more" if more else "")
 
 
 def _parse(path: Path, number: int, line: bytes) -> dict[str, Any]:

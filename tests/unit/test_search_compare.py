@@ -56,7 +56,8 @@ def test_studies_of_different_spaces_are_not_compared(
     settings = CompareSettings(
         run=str(RUN), studies=studies, heldout=("heldout",), samplers=("trust_region", "random")
     )
-    with pytest.raises(ConfigError, match=r"space\.level was types, is now global"):
+    # What stands high in the tree comes first, and no error lists all of 86 numbers.
+    with pytest.raises(ConfigError, match=r"level was types, is now global.* and \d\d more\."):
         HeldPoints(settings, tmp_path)
     with pytest.raises(ConfigError, match="heldout has runs/search/data/valid"):
         HeldPoints(replace(settings, heldout=("runs/search/data/valid",)), tmp_path)
@@ -109,6 +110,9 @@ def test_a_study_that_is_short_or_had_the_seeds_is_not_compared(
     studies = files(trust[0], drawn)
     fine = CompareSettings(run=str(RUN), studies=studies, heldout=("heldout",), budgets=(10,))
     HeldPoints(fine, tmp_path)
+    swapped = {"trust_region": studies["random"], "random": studies["trust_region"]}
+    with pytest.raises(ConfigError, match=r"studies\.trust_region has studies of the sampler rand"):
+        HeldPoints(replace(fine, studies=swapped), tmp_path)
     with pytest.raises(ConfigError, match=message):
         HeldPoints(replace(fine, **changes), tmp_path)
 
@@ -173,10 +177,17 @@ def test_the_surrogate_of_a_space_is_searched_in_its_radii_and_kinds(
     given: dict[str, Any] = {}
     monkeypatch.setattr(HeldPoints, "surrogate", lambda self: synthetic(2))
     monkeypatch.setattr(
-        compare, "simulated", lambda *_, region, **__: given.update(region) or {}["stop"]
+        compare,
+        "simulated",
+        lambda *_, region, options, **__: given.update(region, options=options) or {}["stop"],
     )
     with pytest.raises(KeyError, match="stop"):
         compare.run(settings, tmp_path, command="")
+    identity = trust[1].user_attrs["identity"]
+    assert given.pop("options") == {
+        "trust_region": identity["proposals"]["options"],
+        "random": {},
+    }
     assert given == trust[0].objective().space.trust_region()
     assert {len(set(given[name].values())) for name in ("radius", "kinds")} == {2, 7}
 

@@ -15,7 +15,7 @@ pytest.importorskip("optuna")
 
 
 from megatron_completedp.errors import ConfigError
-from megatron_completedp.search import export
+from megatron_completedp.search import access, export
 from megatron_completedp.search.access import Search, read
 from megatron_completedp.search.heldout import check_heldout, check_seeds
 from megatron_completedp.search.incumbent import Incumbent
@@ -24,7 +24,7 @@ from megatron_completedp.study.settings import masked
 from megatron_completedp.study.tasks import Point
 from tests.search_report_samples import finished_study, search
 
-BEST = Incumbent({}, 3.0, 0.01, trials=(4,))
+BEST = Incumbent({}, 3.0, 0.01, trials=(4,), diverged=0)
 
 
 @pytest.fixture
@@ -62,6 +62,19 @@ def test_heldout_losses_are_of_the_files_that_were_named(
         export.heldout_losses(replace(base, base=fewer), settings, BEST, out=tmp_path, runs=3)
 
 
+def test_heldout_losses_are_of_the_point_itself(tmp_path: Path, trained: list[Point]) -> None:
+    """Another search in the same folder may have a best trial of the same number."""
+    of = search(tmp_path)
+    settings = replace(of.settings, heldout=("other",))
+    objective = of.objective()
+    moved = replace(BEST, params={objective.space.names[0]: 0.5})
+    for best in (BEST, moved, BEST):
+        export.heldout_losses(objective, settings, best, out=tmp_path, runs=1)
+    first, second, again = trained
+    assert first.id == again.id != second.id
+    assert first.config.seed == second.config.seed
+
+
 def test_a_recipe_that_diverges_on_a_fresh_seed_has_no_mean(
     tmp_path: Path, trained: list[Point], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -90,6 +103,22 @@ def test_the_study_is_not_read_with_other_settings(tmp_path: Path) -> None:
     for changes in ({"level": "types"}, {"seeds": 2}, {"sampler": "random"}):
         with pytest.raises(ConfigError, match="is another search than these settings"):
             read(Search(replace(of.settings, **changes), tmp_path))
+
+
+def test_the_study_is_not_read_with_another_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A recipe would say that the text of today is the one that was searched."""
+    of = search(tmp_path, level="global")
+    text = {"runs/search/data/train": "a" * 64}
+    monkeypatch.setattr(access, "text_of", lambda config: text)
+    of.join("worker", type("Stop", (), {"value": False})())
+    assert read(of).study_name == "search"
+    text["runs/search/data/train"] = "b" * 64
+    with pytest.raises(ConfigError, match=r"data/train was aaaaaaaaaaaa\.\.\., is"):
+        read(of)
+    text.clear()  # a page is drawn where the text is not
+    assert read(of).study_name == "search"
 
 
 def test_text_and_seeds_that_trials_had_are_refused(tmp_path: Path) -> None:

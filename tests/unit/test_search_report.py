@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import numpy as np
 import optuna
 import pytest
 from matplotlib.figure import Figure
-from optuna.trial import TrialState
+from optuna.trial import TrialState, create_trial
 
 from megatron_completedp.errors import ConfigError, DataError
 from megatron_completedp.search.access import Search
 from megatron_completedp.search.history import Estimate, History
 from megatron_completedp.search.importance import importance
 from megatron_completedp.search.incumbent import incumbent
-from megatron_completedp.search.report import report
+from megatron_completedp.search.report import _limits, report
 from megatron_completedp.search.report_figures import Cell, cell, draw_progress, profiles, short
 from megatron_completedp.search.report_tables import changes_table
+from megatron_completedp.search.status import status
 from megatron_completedp.search.trials_file import FILE, read_export
 from megatron_completedp.study.page import write_report
 from megatron_completedp.study.report import Report
@@ -105,6 +108,52 @@ def test_the_run_that_a_point_was_chosen_for_is_not_averaged(
     assert abs(estimate.mean - truth) < 4 * estimate.standard_error
 
 
+def with_another_run(study: optuna.Study, point: Mapping[str, float], **facts: Any) -> optuna.Study:
+    """A copy of the study, with one more run of `point`, replicate 9 of it."""
+    copied = optuna.create_study(sampler=study.sampler, study_name="copy")
+    for name, value in study.user_attrs.items():
+        copied.set_user_attr(name, value)
+    copied.add_trials(study.get_trials(deepcopy=False))
+    distributions = study.trials[0].distributions
+    diverged = facts.get("diverged", False)
+    copied.add_trial(
+        create_trial(
+            params={**point},
+            distributions=distributions,
+            value=facts["value"],
+            user_attrs={"replicate": 9, "diverged": diverged},
+        )
+    )
+    return copied
+
+
+def test_a_run_off_the_cliff_is_no_sample_of_the_noise(trust: tuple[Search, optuna.Study]) -> None:
+    of, study = trust
+    before = history(of, study)
+    point = before.held[-1].point
+    fallen = with_another_run(study, point, value=before.estimate(point).mean + 1.6)
+    after = history(of, fallen)
+    assert after.noise == before.noise
+    assert after.estimate(point) == before.estimate(point)
+    assert after.gain(point) == before.gain(point)
+    near = history(of, with_another_run(study, point, value=before.estimate(point).mean + 0.1))
+    assert near.noise[1] == before.noise[1] + 1
+
+
+def test_diverged_runs_of_the_best_point_are_told(trust: tuple[Search, optuna.Study]) -> None:
+    of, study = trust
+    point = history(of, study).held[-1].point
+    worse = with_another_run(study, point, value=math.log(1024), diverged=True)
+    found = incumbent(worse)
+    assert found is not None
+    assert found.params == point
+    assert found.diverged == 1
+    assert "times, 1 more diverged)" in status(worse, of.settings, target=None)
+    limits = _limits(history(of, worse), point, None)
+    assert any(text.startswith("1 more runs of the best point diverged") for text in limits)
+    assert not any("diverged" in text for text in _limits(history(of, study), point, None))
+
+
 def test_the_noise_is_that_of_the_surrogate(trust: tuple[Search, optuna.Study]) -> None:
     noise, freedom = history(*trust).noise
     # The chi distribution's spread is 1 / sqrt(2 freedom) of the value; four of them.
@@ -116,7 +165,7 @@ def test_an_estimate_of_one_chosen_run_has_no_interval(tmp_path: Path) -> None:
     found = history(of, finished_study(of, 20))
     best = found.estimate(found.held[-1].point)
     assert best.biased
-    assert math.isnan(best.half_width)
+    assert math.isnan(best.interval.low)
     well = [trial.value for trial in found.well]
     assert best.mean == min(well)
     result = made(of)
@@ -142,8 +191,8 @@ def test_intervals_widen_with_few_degrees_of_freedom() -> None:
     few = Estimate(3.0, 4, biased=False, noise=0.01, freedom=2)
     many = Estimate(3.0, 4, biased=False, noise=0.01, freedom=1000)
     # Student's t at 0.975: 4.303 for 2 degrees of freedom, 1.962 for 1000.
-    assert few.half_width == pytest.approx(4.303 * 0.005, rel=1e-3)
-    assert many.half_width == pytest.approx(1.962 * 0.005, rel=1e-3)
+    assert few.interval.high - few.mean == pytest.approx(4.303 * 0.005, rel=1e-3)
+    assert many.interval.high - many.mean == pytest.approx(1.962 * 0.005, rel=1e-3)
 
 
 def test_a_search_that_found_something_passes(trust: tuple[Search, optuna.Study]) -> None:
@@ -170,7 +219,7 @@ def test_the_base_run_is_drawn_below_the_best_so_far(trust: tuple[Search, optuna
     assert lines["best so far"].get_ydata()[-1] == found.estimate(found.held[-1].point).mean
     base, best = axes.collections
     (bottom, _, top) = np.unique(np.r_[base.get_paths()[0].vertices[:, 1], found.start.mean])
-    assert (top - bottom) / 2 == pytest.approx(found.start.half_width)
+    assert (top - bottom) / 2 == pytest.approx(found.start.interval.high - found.start.mean)
     assert len(best.get_paths()) == 1
 
 

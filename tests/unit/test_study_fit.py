@@ -112,7 +112,7 @@ def test_seeds_are_resampled_together() -> None:
 def test_one_seed_has_no_interval() -> None:
     found = bootstrap(1, lambda drawn: 0.0)
     assert math.isnan(found.low)
-    assert str(found) == "-"
+    assert f"{found:+.2f}" == "-"
 
 
 def test_an_interval_is_not_cut_off_where_resamples_have_no_value() -> None:
