@@ -3,20 +3,36 @@
 # of 2x width, 2x depth, 2x batch and 4x tokens on two processes, once with the transferred
 # hyperparameters and once under `sp` with the proxy's own, and the target as a Hugging Face model.
 # Started again, it resumes what is missing.
+#
+#   COMPLETEDP_DEVICE   cpu, or cuda, which needs two GPUs and has not been run on any yet (default: cuda
+#                       where nvidia-smi lists two, else cpu)
 set -euo pipefail
+device=${COMPLETEDP_DEVICE:-}
+case $device in
+  cpu | cuda) ;;
+  '')
+    # Two processes need two GPUs; with fewer, all of it runs on CPU, which takes minutes as well.
+    device=cpu
+    if command -v nvidia-smi >/dev/null && [ "$(nvidia-smi -L | wc -l)" -ge 2 ]; then device=cuda; fi
+    ;;
+  *)
+    echo "error: COMPLETEDP_DEVICE is '$device'; expected cpu or cuda" >&2
+    exit 2
+    ;;
+esac
 . "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
 cd "$root"
 export OMP_NUM_THREADS=1
 runs=runs/quickstart
 example=examples/quickstart
 
-# Two processes need two GPUs; with fewer, all of it runs on CPU, which takes minutes as well.
-device=cpu
-if command -v nvidia-smi >/dev/null && [ "$(nvidia-smi -L | wc -l)" -ge 2 ]; then device=cuda; fi
-
 step() { printf '\n== %s\n' "$*"; }
 train() { torchrun --standalone --nproc-per-node "$1" -m megatron_completedp.train \
   --training.device $device "${@:2}"; }
+
+if [ "$device" = cuda ]; then
+  echo "== training on GPUs, which has not been tested; COMPLETEDP_DEVICE=cpu trains on the CPU"
+fi
 
 step "text of this Python installation, a tokenizer trained on it, token files"
 python -m megatron_completedp.data quick --out $runs/data --vocab-size 1024

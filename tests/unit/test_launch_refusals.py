@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from launch_samples import fake, launch, write_config
+from launch_samples import fake, launch, run_script, write_config
 
 #: A model that no 2 GPUs hold, in a batch that 16 ranks divide.
 LARGE: dict[str, Any] = {
@@ -157,3 +157,15 @@ def test_a_refusal_of_sbatch_is_shown_with_the_command(
     message = capsys.readouterr().err
     assert "invalid partition specified: gpu" in message
     assert "--partition=gpu" in message
+
+
+@pytest.mark.parametrize(
+    ("device", "said"),
+    [("gpu", "COMPLETEDP_DEVICE is 'gpu'; expected cpu or cuda"), ("cpu", "no Python 3.11")],
+)
+def test_the_quickstart_takes_no_other_device(tmp_path: Path, device: str, said: str) -> None:
+    """Before it installs anything; a device that it takes gets as far as the interpreter."""
+    environment = {"COMPLETEDP_VENV": str(tmp_path / "venv"), "PYTHON": "no-such-python"}
+    done = run_script("quickstart.sh", COMPLETEDP_DEVICE=device, **environment)
+    assert (done.returncode, said in done.stderr) == (2, True)
+    assert not (tmp_path / "venv").exists()
