@@ -13,7 +13,7 @@ from megatron_completedp.config.run import RunConfig
 from megatron_completedp.config.sections import DataConfig
 from megatron_completedp.data.manifest import text_hashes
 from megatron_completedp.errors import ConfigError
-from megatron_completedp.search.trust_trials import REPLICATE
+from megatron_completedp.search.attributes import IDENTITY, replicate_of
 
 
 def check_heldout(data: DataConfig, heldout: Sequence[str]) -> None:
@@ -61,8 +61,8 @@ def seeds_of(first: int, seeds: int, replicate: int) -> range:
 
 def every_seed(study: optuna.Study, first: int) -> set[int]:
     """Every seed that a trial of `study` had, whose seeds begin with `first`."""
-    seeds = study.user_attrs["identity"]["seeds"]
-    replicates = {trial.user_attrs.get(REPLICATE, 0) for trial in study.get_trials(deepcopy=False)}
+    seeds = study.user_attrs[IDENTITY]["seeds"]
+    replicates = {replicate_of(trial) for trial in study.get_trials(deepcopy=False)}
     return {seed for each in replicates for seed in seeds_of(first, seeds, each)}
 
 

@@ -17,12 +17,12 @@ from statistics import fmean
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
+from megatron_completedp.search.attributes import IDENTITY, ended_well, is_repetition, replicate_of
 from megatron_completedp.search.incumbent import incumbent
 from megatron_completedp.search.samplers import make_sampler
 from megatron_completedp.search.seed_noise import Gain, SeedNoise, near_lowest
 from megatron_completedp.search.space import Space
 from megatron_completedp.search.trust_rules import Rules
-from megatron_completedp.search.trust_trials import DIVERGED, FIRST_TRY, REPLICATE
 from megatron_completedp.study.fit import Interval, pooled_deviation, student
 
 
@@ -76,7 +76,7 @@ class History:
     @cached_property
     def places(self) -> Mapping[int, int]:
         """How many trials had begun, repetitions left out, once this one had; by trial number."""
-        firsts = (FIRST_TRY not in trial.system_attrs for trial in self.trials)
+        firsts = (not is_repetition(trial) for trial in self.trials)
         return dict(enumerate(accumulate(firsts)))
 
     @cached_property
@@ -87,7 +87,7 @@ class History:
     @cached_property
     def well(self) -> Sequence[FrozenTrial]:
         """Those that did not diverge."""
-        return [trial for trial in self.finished if _ended_well(trial)]
+        return [trial for trial in self.finished if ended_well(trial)]
 
     @cached_property
     def _by_point(self) -> Mapping[tuple[float, ...], Sequence[FrozenTrial]]:
@@ -110,7 +110,7 @@ class History:
 
     def chosen_for(self, trial: FrozenTrial) -> bool:
         """Whether `trial` is the run that its point was kept for, and so its loss too low."""
-        return not _replicate(trial) and any(self._key(trial.params))
+        return not replicate_of(trial) and any(self._key(trial.params))
 
     @cached_property
     def noise(self) -> tuple[float, int]:
@@ -133,7 +133,7 @@ class History:
         """How far `point` is below the start, in runs it was not chosen by; None without any."""
         seeds = SeedNoise()
         for key, runs in self._unbiased.items():
-            seeds.replace(key, {_replicate(run): _value(run) for run in runs})
+            seeds.replace(key, {replicate_of(run): _value(run) for run in runs})
         start, key = self._key({}), self._key(point)
         if not (self._unbiased.get(start) and self._unbiased.get(key)):
             return None
@@ -182,7 +182,7 @@ class History:
 
     def _sampler(self) -> optuna.samplers.BaseSampler:
         """Ours where it is the study's, since it says which point it holds; any other will do."""
-        proposals = self.study.user_attrs["identity"]["proposals"]
+        proposals = self.study.user_attrs[IDENTITY]["proposals"]
         if proposals["sampler"] != "trust_region":
             return optuna.samplers.RandomSampler()
         return make_sampler(
@@ -195,14 +195,6 @@ class History:
 
     def _key(self, point: Mapping[str, float]) -> tuple[float, ...]:
         return tuple(point.get(name, 0.0) for name in self.space.names)
-
-
-def _replicate(trial: FrozenTrial) -> int:
-    return int(trial.user_attrs.get(REPLICATE, 0))
-
-
-def _ended_well(trial: FrozenTrial) -> bool:
-    return trial.state == TrialState.COMPLETE and not trial.user_attrs.get(DIVERGED)
 
 
 def _value(trial: FrozenTrial) -> float:

@@ -17,9 +17,9 @@ from statistics import fmean
 import numpy as np
 from optuna.distributions import FloatDistribution
 
+from megatron_completedp.search.attributes import is_diverged, replicate_of
 from megatron_completedp.search.history import History
 from megatron_completedp.search.surrogate import Row, Surrogate, fit
-from megatron_completedp.search.trust_trials import DIVERGED, REPLICATE
 
 #: Parts of the trials that are left out in turn.
 FOLDS = 5
@@ -53,9 +53,9 @@ def rows_of(history: History, first: float = math.inf) -> list[Row]:
         Row(
             {name: trial.params.get(name, 0.0) for name in names},
             math.nan if trial.value is None else trial.value,
-            diverged=bool(trial.user_attrs.get(DIVERGED)),
+            diverged=is_diverged(trial),
             chosen=history.chosen_for(trial),
-            replicate=int(trial.user_attrs.get(REPLICATE, 0)),
+            replicate=replicate_of(trial),
         )
         for trial in history.finished
         if history.places[trial.number] <= first

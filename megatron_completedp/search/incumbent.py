@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
+from megatron_completedp.search.attributes import ended_well
 from megatron_completedp.search.trust_region import TrustRegionSampler
-from megatron_completedp.search.trust_trials import DIVERGED
 from megatron_completedp.study.fit import pooled_deviation
 
 _Key = tuple[tuple[str, float], ...]
@@ -42,10 +42,10 @@ def incumbent(study: optuna.Study) -> Incumbent | None:
     groups: dict[_Key, list[FrozenTrial]] = {}
     diverged: Counter[_Key] = Counter()
     for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
-        if trial.user_attrs.get(DIVERGED):
-            diverged[_key(trial.params)] += 1
-        else:
+        if ended_well(trial):
             groups.setdefault(_key(trial.params), []).append(trial)
+        else:
+            diverged[_key(trial.params)] += 1
     if not groups:
         return None
     if isinstance(study.sampler, TrustRegionSampler):

@@ -9,8 +9,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from megatron_completedp.config.load import load_config
 from megatron_completedp.plan.run_plan import Plan
-from megatron_completedp.search.queue import STOPPED
-from megatron_completedp.search.trust_trials import DIVERGED
+from megatron_completedp.search.attributes import FLOPS, SECONDS, STOPPED, is_diverged
 
 #: What became of a try, in the order in which they are listed.
 ENDS = ("finished", "diverged", "pruned", "stopped", "lost", "running", "waiting")
@@ -63,7 +62,7 @@ def _entry(trial: FrozenTrial, ranks: int) -> Entry:
     attributes = trial.user_attrs
     return Entry(
         end=end_of(trial),
-        flops=float(attributes.get("flops", 0.0)),
+        flops=float(attributes.get(FLOPS, 0.0)),
         device_seconds=ranks * _seconds(trial),
     )
 
@@ -71,15 +70,15 @@ def _entry(trial: FrozenTrial, ranks: int) -> Entry:
 def end_of(trial: FrozenTrial) -> str:
     """Which of ENDS a trial came to."""
     if trial.state == TrialState.COMPLETE:
-        return "diverged" if trial.user_attrs.get(DIVERGED) else "finished"
+        return "diverged" if is_diverged(trial) else "finished"
     if trial.state == TrialState.FAIL:
         return "stopped" if trial.user_attrs.get(STOPPED) else "lost"
     return trial.state.name.lower()
 
 
 def _seconds(trial: FrozenTrial) -> float:
-    if "seconds" in trial.user_attrs:
-        return float(trial.user_attrs["seconds"])
+    if SECONDS in trial.user_attrs:
+        return float(trial.user_attrs[SECONDS])
     # A worker that was lost without a trace: up to when its trial was given to another.
     if trial.datetime_start and trial.datetime_complete:
         return (trial.datetime_complete - trial.datetime_start).total_seconds()

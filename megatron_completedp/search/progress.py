@@ -6,6 +6,7 @@ import logging
 
 from optuna.trial import FrozenTrial, TrialState
 
+from megatron_completedp.search.attributes import SECONDS
 from megatron_completedp.search.ledger import end_of
 from megatron_completedp.search.outage import FAILURES, persist
 from megatron_completedp.search.queue import Queue
@@ -44,4 +45,4 @@ def line(trial: FrozenTrial) -> str:
     """A trial, and how it ended."""
     end = end_of(trial)
     how = f"{trial.value:.4f}" if end == "finished" else end
-    return f"trial {trial.number} {how}  ({trial.user_attrs.get('seconds', 0):.0f} s)"
+    return f"trial {trial.number} {how}  ({trial.user_attrs.get(SECONDS, 0):.0f} s)"

@@ -9,8 +9,8 @@ import optuna
 from optuna.distributions import FloatDistribution
 from optuna.storages import RDBStorage
 
+from megatron_completedp.search.attributes import FIXED
 from megatron_completedp.search.bulk import write_params
-from megatron_completedp.search.trust_region import FIXED
 
 
 def propose(

@@ -15,10 +15,10 @@ from threading import Event, Thread
 from types import TracebackType
 from typing import Any
 
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial
 
 from megatron_completedp.data.jsonl import read_whole_rows
-from megatron_completedp.search.trust_trials import DIVERGED
+from megatron_completedp.search.attributes import ended_well
 from megatron_completedp.study.crew import POLL_S
 from megatron_completedp.study.points import tidy
 from megatron_completedp.train.folder import METRICS_FILE
@@ -44,9 +44,7 @@ def pool_at(trials: Sequence[FrozenTrial], step: int) -> list[float]:
     return [
         trial.intermediate_values[step]
         for trial in trials
-        if trial.state == TrialState.COMPLETE
-        and not trial.user_attrs.get(DIVERGED)
-        and step in trial.intermediate_values
+        if ended_well(trial) and step in trial.intermediate_values
     ]
 
 

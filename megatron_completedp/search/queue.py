@@ -24,25 +24,25 @@ from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 
 from megatron_completedp.data.claims import claim
+from megatron_completedp.search.attributes import (
+    EARLIER_TRIES,
+    FIRST_TRY,
+    FOLDER,
+    KEPT,
+    STOPPED,
+    WORKER,
+    is_repetition,
+    replicate_of,
+)
 from megatron_completedp.search.bulk import write_attributes
 from megatron_completedp.search.objective import Cost, Facts, Objective, kept_steps, last_step
 from megatron_completedp.search.proposal import propose
-from megatron_completedp.search.trust_trials import FIRST_TRY, REPLICATE
 from megatron_completedp.train.folder import METRICS_FILE
 
 logger = logging.getLogger(__name__)
 
-#: System attribute of a trial that repeats others, Optuna's: the numbers of all of them.
-EARLIER_TRIES = "retry_history"
-
-#: User attribute: a signal ended this try, and its run was saved. It counts for no retry.
-STOPPED = "stopped"
-#: User attribute: name of the trial's run folders.
-FOLDER = "folder"
-#: User attribute: steps that the try found made, by run, and did not repeat.
-KEPT = "kept_steps"
 #: User attributes of a try that are not its repetition's.
-OF_ONE_TRY = {STOPPED, KEPT, "worker", "seconds", "steps", "tokens", "flops"}
+OF_ONE_TRY = {STOPPED, KEPT, WORKER, *Cost.__dataclass_fields__}
 
 
 @dataclass(frozen=True)
@@ -87,10 +87,10 @@ class Queue:
             self.study.sampler = self.sampler(begun(trials[:first]))
             space = self.objective.space.distributions()
             trial, params = propose(self.study, self.storage, space)
-            taken = Taken(trial, params, _folder(trial), trial.user_attrs.get(REPLICATE, 0))
+            taken = Taken(trial, params, _folder(trial), replicate_of(trial))
             runs = self.objective.configs(params, name=taken.name, replicate=taken.replicate)
             kept = [kept_steps(config) for _, config in runs]
-            write_attributes(self.storage, trial._trial_id, {"worker": self.worker, KEPT: kept})
+            write_attributes(self.storage, trial._trial_id, {WORKER: self.worker, KEPT: kept})
             # Last: where anything above fails, the trial has no lock, and is repeated.
             held.enter_context(claim(self._lock(trial.number), wait=True))
         return taken
@@ -175,13 +175,14 @@ class Queue:
             write_attributes(self.storage, trial._trial_id, asdict(self._cost_of_dead(trial)))
             self.storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
             logger.warning(
-                "trial %d lost its worker, %s", trial.number, trial.user_attrs.get("worker", "new")
+                "trial %d lost its worker, %s", trial.number, trial.user_attrs.get(WORKER, "new")
             )
 
     def _cost_of_dead(self, trial: FrozenTrial) -> Cost:
         """Of the runs that it came to: steps beyond those kept, and seconds to the last metrics."""
-        replicate = trial.user_attrs.get(REPLICATE, 0)
-        runs = list(self.objective.configs(trial.params, name=_folder(trial), replicate=replicate))
+        runs = list(
+            self.objective.configs(trial.params, name=_folder(trial), replicate=replicate_of(trial))
+        )
         kept = trial.user_attrs.get(KEPT, [0] * len(runs))
         begun_at = trial.datetime_start.timestamp() if trial.datetime_start else math.inf
         steps, seconds = 0, 0.0
@@ -224,7 +225,7 @@ class Queue:
 
 def begun(trials: Sequence[FrozenTrial]) -> int:
     """How many trials there are without repetitions."""
-    return sum(FIRST_TRY not in trial.system_attrs for trial in trials)
+    return sum(not is_repetition(trial) for trial in trials)
 
 
 def _earlier(trial: FrozenTrial) -> list[int]:

@@ -14,6 +14,7 @@ from scipy import stats
 
 from megatron_completedp.errors import ConfigError
 from megatron_completedp.search.access import Search, load
+from megatron_completedp.search.attributes import CODE, IDENTITY
 from megatron_completedp.search.history import Estimate, History
 from megatron_completedp.search.importance import Importance, importance, rows_of
 from megatron_completedp.search.objective import Objective
@@ -182,7 +183,7 @@ def _valleys(history: History, objective: Objective) -> Mapping[str, Valley]:
 def _settings(
     search: Search, study: optuna.Study, objective: Objective, history: History
 ) -> dict[str, str]:
-    base, proposals = objective.base, study.user_attrs["identity"]["proposals"]
+    base, proposals = objective.base, study.user_attrs[IDENTITY]["proposals"]
     options = ", ".join(f"{name} {value}" for name, value in proposals["options"].items())
     diverged = len(history.finished) - len(history.well)
     return {
@@ -196,7 +197,7 @@ def _settings(
         + (f", {options}" if options else ""),
         "trials": f"{len(history.finished)} finished, of which {diverged} diverged",
         "seeds per trial": str(objective.seeds),
-        "code": ", ".join(study.user_attrs["code"]),
+        "code": ", ".join(study.user_attrs[CODE]),
     }
 
 

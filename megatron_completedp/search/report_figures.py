@@ -11,10 +11,10 @@ import numpy as np
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.ticker import MaxNLocator
 
+from megatron_completedp.search.attributes import is_diverged
 from megatron_completedp.search.history import Estimate, History
 from megatron_completedp.search.importance import Importance
 from megatron_completedp.search.surrogate import Valley
-from megatron_completedp.search.trust_trials import DIVERGED
 from megatron_completedp.study.plot import COLORS, label_lines, ladder_colors
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def draw_progress(figure: Figure, history: History) -> None:
     above = [place for place, loss in well if loss > high]
     over = axes.get_xaxis_transform()
     axes.plot(above, [TOP] * len(above), "^", color="#999999", markersize=3, transform=over)
-    broken = [history.places[t.number] for t in history.finished if t.user_attrs.get(DIVERGED)]
+    broken = [history.places[trial.number] for trial in history.finished if is_diverged(trial)]
     axes.plot(broken, [TOP] * len(broken), "x", color=COLORS[1], markersize=4, transform=over)
     if not math.isnan(start.mean):
         ends = [1, last]
@@ -186,7 +186,7 @@ def draw_cliffs(
     axes = figure.subplots()
     names = history.space.names
     good = [trial.params for trial in history.well]
-    bad = [trial.params for trial in history.finished if trial.user_attrs.get(DIVERGED)]
+    bad = [trial.params for trial in history.finished if is_diverged(trial)]
     octave = math.log(2)
     for row, name in enumerate(names):
         values = [params.get(name, 0.0) / octave for params in good] or [0.0]

@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 import optuna
 
+from megatron_completedp.search.attributes import DIVERGED, REPLICATE
 from megatron_completedp.search.samplers import make_sampler, quiet
 from megatron_completedp.search.surrogate import Surrogate
 from megatron_completedp.search.trust_region import TrustRegionSampler
-from megatron_completedp.search.trust_trials import DIVERGED, REPLICATE
 from megatron_completedp.study.code import sources_hash
 from megatron_completedp.study.results import Results
 

@@ -8,6 +8,7 @@ from datetime import datetime
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
+from megatron_completedp.search.attributes import WORKER
 from megatron_completedp.search.incumbent import incumbent
 from megatron_completedp.search.ledger import ENDS, Ledger
 from megatron_completedp.search.queue import begun
@@ -49,4 +50,4 @@ def _running(trial: FrozenTrial) -> str:
     since = ""
     if trial.datetime_start is not None:
         since = f", {(datetime.now() - trial.datetime_start).total_seconds():.0f} s"
-    return f"running    trial {trial.number} by {trial.user_attrs.get('worker', '?')}{since}"
+    return f"running    trial {trial.number} by {trial.user_attrs.get(WORKER, '?')}{since}"

@@ -23,6 +23,7 @@ from sqlalchemy.exc import (
 from megatron_completedp.data.atomic import atomic_write
 from megatron_completedp.data.claims import claim
 from megatron_completedp.errors import ConfigError
+from megatron_completedp.search.attributes import CODE, FOLDER_ID, IDENTITY, TEXT
 from megatron_completedp.search.settings import TRIALS_FOLDER, DatabaseSettings
 from megatron_completedp.study.code import code_version
 from megatron_completedp.study.results import differences, in_words, text_differences
@@ -99,7 +100,7 @@ def open_study(
         study = optuna.create_study(
             storage=storage, study_name=name, direction="minimize", load_if_exists=True
         )
-        if "identity" not in study.user_attrs:
+        if IDENTITY not in study.user_attrs:
             if (out / TRIALS_FOLDER).exists():
                 raise ConfigError(
                     f"{out / TRIALS_FOLDER} has the runs of another search, or of one that is no "
@@ -108,11 +109,11 @@ def open_study(
                 )
             if first is not None:
                 study.enqueue_trial(dict(first), skip_if_exists=True)
-            study.set_user_attr("folder", _mark(out))
-            study.set_user_attr("text", dict(text or {}))
-            study.set_user_attr("identity", _as_read_back(identity))
+            study.set_user_attr(FOLDER_ID, _mark(out))
+            study.set_user_attr(TEXT, dict(text or {}))
+            study.set_user_attr(IDENTITY, _as_read_back(identity))
         check_identity(study, identity, text=text)
-        if study.user_attrs["folder"] != _marked(out):
+        if study.user_attrs[FOLDER_ID] != _marked(out):
             raise ConfigError(
                 f"the study {name!r} was started with another output folder than {out}. Its "
                 "workers share one folder, which all of them must see: runs, logs and locks are "
@@ -127,8 +128,8 @@ def check_identity(
 ) -> None:
     """Raise ConfigError, with the differences, for a study whose values mean something else."""
     kept = study.user_attrs
-    found = list(differences(kept.get("identity", {}), _as_read_back(identity)))
-    if found := [*found, *text_differences(kept.get("text", {}), text or {})]:
+    found = list(differences(kept.get(IDENTITY, {}), _as_read_back(identity)))
+    if found := [*found, *text_differences(kept.get(TEXT, {}), text or {})]:
         raise ConfigError(
             f"the study {study.study_name!r} is another search than these settings: "
             f"{in_words(found)}. Give this one another --out (and another name where they share a "
@@ -156,7 +157,7 @@ def load_study(storage: RDBStorage, name: str) -> optuna.Study:
 
 def _note_code(study: optuna.Study) -> None:
     """Keep the list of the versions that worked on the study."""
-    now, known = code_version(), study.user_attrs.get("code", [])
+    now, known = code_version(), study.user_attrs.get(CODE, [])
     if now not in known:
         if known:
             logger.warning(
@@ -164,7 +165,7 @@ def _note_code(study: optuna.Study) -> None:
                 known[0],
                 now,
             )
-        study.set_user_attr("code", [*known, now])
+        study.set_user_attr(CODE, [*known, now])
 
 
 @contextmanager

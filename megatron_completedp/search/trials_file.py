@@ -17,9 +17,17 @@ from optuna.trial import FrozenTrial, TrialState
 
 from megatron_completedp.data.atomic import atomic_write
 from megatron_completedp.errors import DataError
+from megatron_completedp.search.attributes import (
+    CODE,
+    EARLIER_TRIES,
+    FIRST_TRY,
+    IDENTITY,
+    REPLICATE,
+    STOPPED,
+    TAG,
+    TEXT,
+)
 from megatron_completedp.search.objective import Facts
-from megatron_completedp.search.queue import EARLIER_TRIES, STOPPED
-from megatron_completedp.search.trust_trials import FIRST_TRY, REPLICATE, TAG
 
 FILE = "trials.jsonl"
 
@@ -27,7 +35,7 @@ FILE = "trials.jsonl"
 DIGITS = 6
 
 #: What is kept of a study and of its trials; machines' names and paths are not.
-STUDY_ATTRIBUTES = ("identity", "code", "text")
+STUDY_ATTRIBUTES = (IDENTITY, CODE, TEXT)
 ATTRIBUTES = {*Facts.__dataclass_fields__, REPLICATE, STOPPED} - {"configs"}
 SYSTEM_ATTRIBUTES = {TAG, FIRST_TRY, EARLIER_TRIES}
 
@@ -39,7 +47,7 @@ def write_export(study: optuna.Study, path: Path) -> None:
         "study": study.study_name,
         **{name: attributes[name] for name in STUDY_ATTRIBUTES if name in attributes},
     }
-    names = list(attributes["identity"]["space"]["bounds"])
+    names = list(attributes[IDENTITY]["space"]["bounds"])
     lines = [header, *(_row(trial, names) for trial in study.get_trials(deepcopy=False))]
     with atomic_write(path) as stream:
         for line in lines:
@@ -50,7 +58,7 @@ def read_export(path: Path) -> optuna.Study:
     """The study in `path`, in memory. Raises DataError for a file that is no export."""
     try:
         header, *rows = [json.loads(line) for line in path.read_bytes().splitlines()]
-        bounds = header["identity"]["space"]["bounds"]
+        bounds = header[IDENTITY]["space"]["bounds"]
         study = optuna.create_study(study_name=header["study"])
         for name in STUDY_ATTRIBUTES:
             if name in header:

@@ -22,17 +22,14 @@ from optuna.distributions import BaseDistribution, FloatDistribution
 from optuna.trial import FrozenTrial
 
 from megatron_completedp.errors import ConfigError
+from megatron_completedp.search.attributes import FIXED, REPLICATE, TAG
 from megatron_completedp.search.axes import Axis, axes_of
 from megatron_completedp.search.moves import child, params_of, step
 from megatron_completedp.search.trust_rules import START, Rules
 from megatron_completedp.search.trust_state import State, fold
-from megatron_completedp.search.trust_trials import REPLICATE, TAG, Reader, Trials
+from megatron_completedp.search.trust_trials import Reader, Trials
 
 _LOG = logging.getLogger(__name__)
-
-
-#: System attribute by which Optuna marks an enqueued trial: the parameters that it was given.
-FIXED = "fixed_params"
 
 
 #: The rules that can be set; the sampler works the other two out.

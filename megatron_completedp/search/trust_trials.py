@@ -9,20 +9,8 @@ from dataclasses import dataclass, field
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
+from megatron_completedp.search.attributes import FIRST_TRY, REPLICATE, TAG, ended_well
 from megatron_completedp.search.trust_state import Run
-
-#: System attribute of a trial: what it runs and where its point was drawn from.
-TAG = "trust_region"
-
-#: User attribute of a trial: which run of its point it is. The objective makes another seed of it.
-REPLICATE = "replicate"
-
-#: User attribute by which an objective says that a run diverged, whatever its value.
-DIVERGED = "diverged"
-
-#: System attribute by which Optuna marks the retry of a dead worker's trial: the number of the
-#: first trial of that chain.
-FIRST_TRY = "failed_trial"
 
 
 @dataclass(frozen=True)
@@ -100,11 +88,11 @@ def _run(slot: int, trial: FrozenTrial, sign: int, names: Collection[str]) -> Ru
     """`trial` as the fold sees it; losses are minimized."""
     tag = trial.system_attrs.get(TAG)
     loss: float | None = None
-    if trial.state == TrialState.COMPLETE and trial.value is not None:
-        fine = math.isfinite(trial.value) and not trial.user_attrs.get(DIVERGED)
-        # What others ran without some of the parameters is no point of this space.
-        fine = fine and (tag is not None or all(name in trial.params for name in names))
-        loss = sign * trial.value if fine else math.inf
+    # What others ran without some of the parameters is no point of this space.
+    here = tag is not None or all(name in trial.params for name in names)
+    if here and ended_well(trial):
+        assert trial.value is not None, "it ended well"
+        loss = sign * trial.value
     elif trial.state.is_finished():
         loss = math.inf
     if tag is None:

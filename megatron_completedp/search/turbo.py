@@ -28,8 +28,9 @@ from botorch.models import SingleTaskGP
 from optuna.distributions import BaseDistribution, FloatDistribution
 from optuna.trial import FrozenTrial, TrialState
 
+from megatron_completedp.search.attributes import ended_well
 from megatron_completedp.search.trust_region import TrustRegionSampler
-from megatron_completedp.search.trust_trials import DIVERGED, Reader
+from megatron_completedp.search.trust_trials import Reader
 
 #: Side of the box, in units of the bounds: at the start, the largest, and below which it restarts.
 SIDE, LARGEST, LEAST = 0.8, 1.6, 0.5**7
@@ -191,11 +192,7 @@ class TurboSampler(optuna.samplers.BaseSampler):
 def _losses(trials: Sequence[FrozenTrial], sign: int) -> list[float]:
     """Losses to minimize; what diverged gets that of the worst that did not."""
     values = [
-        sign * trial.value
-        if trial.value is not None
-        and math.isfinite(trial.value)
-        and not trial.user_attrs.get(DIVERGED)
-        else math.nan
+        sign * trial.value if trial.value is not None and ended_well(trial) else math.nan
         for trial in trials
     ]
     worst = max((value for value in values if not math.isnan(value)), default=0.0)

@@ -15,11 +15,12 @@ from optuna.distributions import FloatDistribution  # noqa: E402
 from optuna.trial import create_trial  # noqa: E402
 
 from megatron_completedp.search import linear_model  # noqa: E402
+from megatron_completedp.search.attributes import REPLICATE, TAG  # noqa: E402
 from megatron_completedp.search.moves import direction  # noqa: E402
 from megatron_completedp.search.trust_region import TrustRegionSampler  # noqa: E402
 from megatron_completedp.search.trust_rules import START, Rules, step_after  # noqa: E402
 from megatron_completedp.search.trust_state import Run, fold  # noqa: E402
-from megatron_completedp.search.trust_trials import REPLICATE, TAG, Trials  # noqa: E402
+from megatron_completedp.search.trust_trials import Trials  # noqa: E402
 
 
 def descent(

@@ -19,10 +19,11 @@ from optuna.distributions import FloatDistribution  # noqa: E402
 from optuna.trial import FrozenTrial, TrialState, create_trial  # noqa: E402
 
 from megatron_completedp.errors import ConfigError  # noqa: E402
+from megatron_completedp.search.attributes import REPLICATE, TAG  # noqa: E402
 from megatron_completedp.search.surrogate import synthetic  # noqa: E402
 from megatron_completedp.search.trust_region import TrustRegionSampler  # noqa: E402
 from megatron_completedp.search.trust_rules import START  # noqa: E402
-from megatron_completedp.search.trust_trials import REPLICATE, TAG, Reader  # noqa: E402
+from megatron_completedp.search.trust_trials import Reader  # noqa: E402
 
 #: One of each kind: log multipliers with and without the base inside, a logarithm, a step.
 SPACE = {
