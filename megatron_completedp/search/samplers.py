@@ -48,9 +48,9 @@ def make_sampler(
 
     `start`, `radius` and `kinds` (see `TrustRegionSampler`) go to those that can use them: random,
     qmc, tpe and gp only know the bounds. `settings` are further arguments of the sampler's
-    constructor and win over ours; whole numbers may be floats, as YAML and JSON give them. Raises
-    ConfigError for an unknown name or setting, and for a sampler whose package is not installed,
-    with the command that installs it.
+    constructor and win over ours, but for the seed; whole numbers may be floats, as YAML and JSON
+    give them. Raises ConfigError for an unknown name or setting, for a seed among the settings, and
+    for a sampler whose package is not installed, with the command that installs it.
     """
     if name not in get_args(SamplerName):
         raise ConfigError(
@@ -58,6 +58,11 @@ def make_sampler(
         )
     for package, extra in _NEEDS.get(name, {}).items():
         _require(name, package, extra)
+    if settings and "seed" in settings:
+        raise ConfigError(
+            f"sampler {name}: seed is {settings['seed']} in its options; expected none there: "
+            "every trial would be drawn by that same one. Give the search's own seed instead."
+        )
     make, arguments = _constructor(name, seed, space, dict(start or {}), radius, kinds or {})
     for key, value in (settings or {}).items():
         whole = isinstance(value, float) and value.is_integer()

@@ -76,6 +76,15 @@ def test_unknown_names_and_settings_are_refused() -> None:
         make_sampler("random", seed=0, space=space, settings={"speed": 3})
 
 
+@pytest.mark.parametrize("name", ["trust_region", "random", "tpe"])
+def test_a_seed_among_the_options_is_refused(name: str) -> None:
+    """It would win over the one that each trial has, and all would be one point."""
+    space = synthetic(2).space
+    with pytest.raises(ConfigError, match=r"seed is 1 in its options.* the search's own seed"):
+        make_sampler(name, seed=0, space=space, settings={"seed": 1})
+    make_sampler(name, seed=1, space=space, settings={})  # negative control
+
+
 def test_turbo_follows_its_algorithm() -> None:
     pytest.importorskip("botorch")
     from megatron_completedp.search.turbo import LEAST, SIDE, Box, box
