@@ -1,7 +1,7 @@
 """Many values of a trial in one transaction, into Optuna's own tables.
 
 Optuna commits every parameter and every attribute on its own; with 79 parameters that is most of
-what a study costs a trial. These are the tables of its schema, the same in versions 4 and 5.
+what a study costs a trial. These are the tables of version 5's schema.
 """
 
 from __future__ import annotations

@@ -330,6 +330,16 @@ def test_a_lost_trial_changes_no_later_point(tmp_path: Path, name: str) -> None:
     assert proposed[0] == proposed[1]
 
 
+@pytest.mark.parametrize("name", ["random", "qmc", "tpe"])
+def test_workers_that_begin_at_once_get_points_of_their_own(tmp_path: Path, name: str) -> None:
+    one = queue(tmp_path, trials=4)
+    one = replace(one, sampler=sampler_by_slot(settings(sampler=name), one.objective.space))
+    with ExitStack() as held:
+        taken = [one.take(held) for _ in range(4)]
+    points = {tuple(each.params.values()) for each in taken if each is not None}
+    assert len(points) == 4
+
+
 def test_a_point_enqueued_by_hand_is_what_it_was_given(tmp_path: Path) -> None:
     one = queue(tmp_path)
     one.study.enqueue_trial({"hyperparams.lr": 0.25})
