@@ -27,6 +27,9 @@ FAILURES = (SQLAlchemyError, StorageInternalError)
 #: Between two tries to reach the database, at first and at most.
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0
 
+#: Between two tries to write a sign of life that the database did not take.
+NEXT_BEAT_S = 1.0
+
 
 class DatabaseUnreachable(CompletedPError):
     """The study's database did not answer for as long as it is waited for."""
@@ -96,16 +99,23 @@ def _sleep(seconds: float, stop: Stop | None) -> None:
 
 @contextmanager
 def heartbeat(storage: RDBStorage, trial_id: int) -> Iterator[None]:
-    """Inside, a thread writes signs of life for a trial; while the database is away, none."""
+    """Inside, a thread writes signs of life for a trial; while the database is away, none.
+
+    Once the database is back, the next comes within NEXT_BEAT_S: until then the trial looks lost.
+    """
     over = Event()
 
     def beat() -> None:
+        written = True
         while True:
             try:
                 storage.record_heartbeat(trial_id)
+                written = True
             except FAILURES as error:
-                logger.warning("no sign of life could be written: %s", _outage(error) or error)
-            if over.wait(storage.get_heartbeat_interval()):
+                if written:  # once for each outage
+                    logger.warning("no sign of life can be written: %s", _outage(error) or error)
+                written = False
+            if over.wait(storage.get_heartbeat_interval() if written else NEXT_BEAT_S):
                 storage.remove_session()
                 return
 

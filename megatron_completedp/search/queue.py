@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -72,6 +73,8 @@ class Queue:
     retries: int
     """Of a trial whose workers died."""
     worker: str
+    silent_since: dict[int, float] = field(default_factory=dict)
+    """When this worker first saw a running trial without signs of life; by the trial's id."""
 
     def take(self, held: ExitStack) -> Taken | None:
         """The next trial, its lock entered into `held`; None while there is none to begin.
@@ -157,7 +160,7 @@ class Queue:
 
         Under the claim on asking.
         """
-        for trial_id in self.storage._get_stale_trial_ids(self.study._study_id):
+        for trial_id in self._silent():
             self._fail(self.storage.get_trial(trial_id))
         for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
             with claim(self._lock(trial.number), wait=False) as free:
@@ -168,6 +171,20 @@ class Queue:
         for trial in left:
             self._repeat(trial)
         return self.study.get_trials(deepcopy=False) if left else trials
+
+    def _silent(self) -> list[int]:
+        """Ids of the running trials without a sign of life, as this worker has known a while.
+
+        After an outage all are without, the living too, until they write again: what only now
+        looks silent gets one more heartbeat. One whose lock is free needs no such patience.
+        """
+        now, known = time.monotonic(), self.silent_since
+        silent = self.storage._get_stale_trial_ids(self.study._study_id)
+        since = {trial_id: known.get(trial_id, now) for trial_id in silent}
+        known.clear()
+        known.update(since)
+        patience = self.storage.get_heartbeat_interval() or 0
+        return [trial_id for trial_id in silent if now - since[trial_id] > patience]
 
     def _fail(self, trial: FrozenTrial) -> None:
         """End a trial whose worker is gone, with what its try cost as far as its folder tells."""

@@ -110,6 +110,9 @@ def test_a_dead_worker_whose_lock_is_left_is_found_by_its_heartbeats(tmp_path: P
             assert take(other, mine) == 1, "signs of life keep a trial for its worker"
         # Databases keep whole seconds: the grace period and one more.
         time.sleep(3.5)
+        assert not other.finished()
+        assert trials(other)[0].state == TrialState.RUNNING, "it may be the database that was away"
+        time.sleep(1.1)
         again = other.take(mine)
         assert again is not None
         assert again.params == taken.params
