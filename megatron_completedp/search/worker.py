@@ -26,7 +26,7 @@ from megatron_completedp.search.outage import heartbeat, persist
 from megatron_completedp.search.progress import Progress
 from megatron_completedp.search.pruning import Pruner
 from megatron_completedp.search.queue import Queue, Taken
-from megatron_completedp.search.settings import SearchSettings
+from megatron_completedp.search.settings import DatabaseSettings, SearchSettings
 from megatron_completedp.search.trust_rules import Rules
 from megatron_completedp.study.crew import (
     POLL_S,
@@ -126,7 +126,7 @@ def _work(search: Search, name: str, stop: Stop) -> None:
 def _train(queue: Queue, taken: Taken, search: Search, stop: Stop) -> None:
     """Train one trial and enter its result, or give it back."""
     trial, database, objective = taken.trial, search.settings.database, queue.objective
-    pruner = _pruner(queue, taken) if search.settings.prune else None
+    pruner = _pruner(queue, taken, database, stop) if search.settings.prune else None
     try:
         with heartbeat(queue.storage, trial._trial_id), pruner or nullcontext():
             found = objective.train(taken.params, name=taken.name, replicate=taken.replicate)
@@ -146,9 +146,9 @@ def _train(queue: Queue, taken: Taken, search: Search, stop: Stop) -> None:
         persist(lambda: queue.give_back(taken, found), database)
 
 
-def _pruner(queue: Queue, taken: Taken) -> Pruner:
+def _pruner(queue: Queue, taken: Taken, database: DatabaseSettings, stop: Stop) -> Pruner:
     """For the trial's first run, against the trials that have ended by now."""
     runs = queue.objective.configs(taken.params, name=taken.name, replicate=taken.replicate)
     _, config = next(iter(runs))
-    trials = queue.study.get_trials(deepcopy=False)
+    trials = persist(lambda: queue.study.get_trials(deepcopy=False), database, stop)
     return Pruner(Path(config.run_dir), steps=config.steps, trials=trials)

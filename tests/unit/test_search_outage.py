@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from datetime import datetime
 from pathlib import Path
@@ -15,13 +15,18 @@ import pytest
 pytest.importorskip("optuna")
 
 from optuna.storages._rdb.models import TrialHeartbeatModel
-from search_samples import facts, queue
+from optuna.trial import FrozenTrial
+from search_samples import facts, queue, settings
 from sqlalchemy import update
 from test_search_storage import outage
 
+from megatron_completedp.search import outage as outages
+from megatron_completedp.search.access import Search
+from megatron_completedp.search.objective import Facts, Objective
 from megatron_completedp.search.outage import heartbeat
 from megatron_completedp.search.queue import Queue
 from megatron_completedp.search.settings import DatabaseSettings
+from megatron_completedp.search.worker import _train
 
 DATABASE = DatabaseSettings(heartbeat_s=2, grace_s=4, retry_s=0)
 
@@ -55,6 +60,33 @@ def test_a_sign_of_life_is_tried_again_soon(caplog: pytest.LogCaptureFixture) ->
         time.sleep(1.5)
     assert len(tries) == 3, "the next after a heartbeat's time"
     assert caplog.text.count("no sign of life can be written") == 1, "once for the outage"
+
+
+def test_a_search_that_prunes_waits_for_the_database_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It reads the trials that have ended once it has taken one."""
+    monkeypatch.setattr(outages, "FIRST_PAUSE_S", 0.02)
+    one = queue(tmp_path)
+    search, stop = Search(settings(prune=True), tmp_path), SimpleNamespace(value=False)
+    get_trials, asked = one.study.get_trials, []
+
+    def away(*args: Any, **kwargs: Any) -> list[FrozenTrial]:
+        asked.append(args)
+        if len(asked) == 1:
+            raise outage()
+        return get_trials(*args, **kwargs)
+
+    def train(self: Objective, params: Mapping[str, float], **run: Any) -> Facts:
+        return facts(3.0)
+
+    monkeypatch.setattr(Objective, "train", train)
+    with ExitStack() as held:
+        taken = one.take(held)
+        assert taken is not None
+        monkeypatch.setattr(one.study, "get_trials", away)
+        _train(one, taken, search, stop)
+    assert get_trials()[0].value == 3.0
 
 
 def age_heartbeats(one: Queue) -> None:
