@@ -61,6 +61,11 @@ def ended_well(trial: FrozenTrial) -> bool:
     return math.isfinite(trial.value) and not is_diverged(trial)
 
 
+def was_stopped(trial: FrozenTrial) -> bool:
+    """Whether a signal ended this try: another goes on with its run."""
+    return trial.state == TrialState.FAIL and bool(trial.user_attrs.get(STOPPED))
+
+
 def replicate_of(trial: FrozenTrial | Trial) -> int:
     """Which run of its point it is; 0, the first, where nothing is written."""
     return int(trial.user_attrs.get(REPLICATE, 0))

@@ -9,7 +9,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from megatron_completedp.config.load import load_config
 from megatron_completedp.plan.run_plan import Plan
-from megatron_completedp.search.attributes import FLOPS, SECONDS, STOPPED, is_diverged
+from megatron_completedp.search.attributes import FLOPS, SECONDS, is_diverged, was_stopped
 
 #: What became of a try, in the order in which they are listed.
 ENDS = ("finished", "diverged", "pruned", "stopped", "lost", "running", "waiting")
@@ -72,7 +72,7 @@ def end_of(trial: FrozenTrial) -> str:
     if trial.state == TrialState.COMPLETE:
         return "diverged" if is_diverged(trial) else "finished"
     if trial.state == TrialState.FAIL:
-        return "stopped" if trial.user_attrs.get(STOPPED) else "lost"
+        return "stopped" if was_stopped(trial) else "lost"
     return trial.state.name.lower()
 
 

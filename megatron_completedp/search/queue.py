@@ -34,6 +34,7 @@ from megatron_completedp.search.attributes import (
     WORKER,
     is_repetition,
     replicate_of,
+    was_stopped,
 )
 from megatron_completedp.search.bulk import write_attributes
 from megatron_completedp.search.objective import Cost, Facts, Objective, kept_steps, last_step
@@ -212,9 +213,14 @@ class Queue:
         return self.objective.cost(steps, seconds)
 
     def _may_repeat(self, trial: FrozenTrial, trials: Sequence[FrozenTrial]) -> bool:
-        """Whether fewer tries of it than `retries` + 1 died; stopped ones do not count."""
+        """Whether fewer tries of it than `retries` + 1 died.
+
+        Stopped ones do not count, nor those that no worker came to train: those ended while they
+        were asked for, as in an outage, and say nothing of the trial.
+        """
         tries = [trial, *(trials[number] for number in _earlier(trial))]
-        return sum(not each.user_attrs.get(STOPPED) for each in tries) <= self.retries
+        died = [each for each in tries if WORKER in each.user_attrs and not was_stopped(each)]
+        return len(died) <= self.retries
 
     def _repeat(self, trial: FrozenTrial) -> None:
         """Enqueue the repetition of a failed trial."""
@@ -222,7 +228,7 @@ class Queue:
         kept = {key: v for key, v in trial.user_attrs.items() if key not in OF_ONE_TRY}
         with claim(self._lock(trial.number), wait=False) as free:
             # Whoever was lost without losing its lock may still write into its folder.
-            done = free or trial.user_attrs.get(STOPPED)
+            done = free or was_stopped(trial)
             name = _folder(trial) if done else f"{_folder(trial)}-again{len(earlier)}"
         self.study.add_trial(
             optuna.trial.create_trial(

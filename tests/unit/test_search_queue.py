@@ -15,6 +15,7 @@ pytest.importorskip("optuna")
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 from search_samples import COST, facts, objective, queue, settings, write_run
+from sqlalchemy.exc import OperationalError
 
 from megatron_completedp.config.load import to_yaml
 from megatron_completedp.errors import ConfigError
@@ -150,6 +151,26 @@ def test_stops_by_a_signal_do_not_count(tmp_path: Path) -> None:
         one.complete(taken, facts(3.0))
     assert states(one) == ["FAIL", "FAIL", "FAIL", "COMPLETE"]
     assert trials(one)[0].user_attrs["seconds"] == COST.seconds
+
+
+def test_tries_that_no_worker_began_do_not_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An outage between asking and training: without a retry, the point would be lost by it."""
+    one = queue(tmp_path, trials=1, retries=0)
+
+    def away(*_: object) -> None:
+        raise OperationalError("UPDATE", {}, Exception("it is away"))
+
+    monkeypatch.setattr("megatron_completedp.search.queue.write_attributes", away)
+    with pytest.raises(OperationalError):
+        one.take(ExitStack())
+    monkeypatch.undo()
+    with ExitStack() as held:
+        assert take(one, held) == 1
+    # Negative control: this one had begun.
+    assert one.take(ExitStack()) is None
+    assert one.given_up(trials(one)) == [1]
 
 
 def test_a_given_back_trial_is_gone_on_with_in_its_folder(tmp_path: Path) -> None:
