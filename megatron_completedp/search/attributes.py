@@ -6,6 +6,7 @@ The names are in every study that was ever kept: another name would make those u
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from optuna.trial import FrozenTrial, Trial, TrialState
 
@@ -45,6 +46,8 @@ WORKER = "worker"
 KEPT = "kept_steps"
 #: A signal ended this try, and its run was saved. It counts for no retry.
 STOPPED = "stopped"
+#: The point that it was enqueued with is none of the space: it was not trained, and never will be.
+REFUSED = "refused"
 #: What the try cost; these and the others are the fields of `objective.Cost`.
 SECONDS, FLOPS = "seconds", "flops"
 
@@ -74,3 +77,22 @@ def replicate_of(trial: FrozenTrial | Trial) -> int:
 def is_repetition(trial: FrozenTrial) -> bool:
     """Whether it repeats a try that was stopped or lost, and so is no trial of its own."""
     return FIRST_TRY in trial.system_attrs
+
+
+def earlier_tries(trial: FrozenTrial) -> list[int]:
+    """Numbers of the tries that this trial repeats, the first one first."""
+    return list(trial.system_attrs.get(EARLIER_TRIES, ()))
+
+
+def lost(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
+    """The failed ones that no other repeats, but for those that were refused."""
+    over = {number for trial in trials for number in earlier_tries(trial)}
+    over |= {trial.number for trial in trials if trial.user_attrs.get(REFUSED)}
+    return [
+        trial for trial in trials if trial.state == TrialState.FAIL and trial.number not in over
+    ]
+
+
+def folder_of(trial: FrozenTrial | Trial) -> str:
+    """Name of its run folders."""
+    return str(trial.user_attrs.get(FOLDER, f"{trial.number:04d}"))

@@ -25,14 +25,20 @@ from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 
 from megatron_completedp.data.claims import claim
+from megatron_completedp.errors import ConfigError
 from megatron_completedp.search.attributes import (
     EARLIER_TRIES,
     FIRST_TRY,
+    FIXED,
     FOLDER,
     KEPT,
+    REFUSED,
     STOPPED,
     WORKER,
+    earlier_tries,
+    folder_of,
     is_repetition,
+    lost,
     replicate_of,
     was_stopped,
 )
@@ -91,7 +97,7 @@ class Queue:
             self.study.sampler = self.sampler(begun(trials[:first]))
             space = self.objective.space.distributions()
             trial, params = propose(self.study, self.storage, space)
-            taken = Taken(trial, params, _folder(trial), replicate_of(trial))
+            taken = Taken(trial, params, folder_of(trial), replicate_of(trial))
             runs = self.objective.configs(params, name=taken.name, replicate=taken.replicate)
             kept = [kept_steps(config) for _, config in runs]
             write_attributes(self.storage, trial._trial_id, {WORKER: self.worker, KEPT: kept})
@@ -107,7 +113,7 @@ class Queue:
 
     def given_up(self, trials: Sequence[FrozenTrial]) -> list[int]:
         """Numbers of the last tries of trials that were lost too often to be repeated again."""
-        return [each.number for each in _lost(trials) if not self._may_repeat(each, trials)]
+        return [each.number for each in lost(trials) if not self._may_repeat(each, trials)]
 
     def complete(
         self, taken: Taken, facts: Facts, curve: Mapping[int, float] = MappingProxyType({})
@@ -159,7 +165,8 @@ class Queue:
     def _repaired(self) -> Sequence[FrozenTrial]:
         """All trials, once those without a worker are failed, and the failed ones repeated.
 
-        Under the claim on asking.
+        Those that wait with a point that is none of the space are refused. Under the claim on
+        asking.
         """
         for trial_id in self._silent():
             self._fail(self.storage.get_trial(trial_id))
@@ -168,10 +175,15 @@ class Queue:
                 if free:
                     self._fail(trial)
         trials = self.study.get_trials(deepcopy=False)
-        left = [trial for trial in _lost(trials) if self._may_repeat(trial, trials)]
+        bad = [
+            trial for trial in trials if trial.state == TrialState.WAITING and self._fault(trial)
+        ]
+        for trial in bad:
+            self._fail(trial)
+        left = [trial for trial in lost(trials) if self._may_repeat(trial, trials)]
         for trial in left:
             self._repeat(trial)
-        return self.study.get_trials(deepcopy=False) if left else trials
+        return self.study.get_trials(deepcopy=False) if left or bad else trials
 
     def _silent(self) -> list[int]:
         """Ids of the running trials without a sign of life, as this worker has known a while.
@@ -188,18 +200,37 @@ class Queue:
         return [trial_id for trial_id in silent if now - since[trial_id] > patience]
 
     def _fail(self, trial: FrozenTrial) -> None:
-        """End a trial whose worker is gone, with what its try cost as far as its folder tells."""
+        """End a trial whose worker is gone, with what its try cost as far as its folder tells.
+
+        One whose point cannot be trained is refused: it is not repeated.
+        """
+        fault = self._fault(trial)
+        end = {REFUSED: True} if fault else asdict(self._cost_of_dead(trial))
         with suppress(UpdateFinishedTrialError):  # its worker did, between our look and our lock
-            write_attributes(self.storage, trial._trial_id, asdict(self._cost_of_dead(trial)))
+            write_attributes(self.storage, trial._trial_id, end)
             self.storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
-            logger.warning(
-                "trial %d lost its worker, %s", trial.number, trial.user_attrs.get(WORKER, "new")
-            )
+            if fault:
+                logger.warning(
+                    "trial %d, enqueued by hand, is not trained: %s", trial.number, fault
+                )
+            else:
+                worker = trial.user_attrs.get(WORKER, "new")
+                logger.warning("trial %d lost its worker, %s", trial.number, worker)
+
+    def _fault(self, trial: FrozenTrial) -> str | None:
+        """What is wrong with the point that a trial was enqueued with; None for nothing."""
+        try:
+            self.objective.space.check({**trial.system_attrs.get(FIXED, {}), **trial.params})
+        except ConfigError as error:
+            return str(error)
+        return None
 
     def _cost_of_dead(self, trial: FrozenTrial) -> Cost:
         """Of the runs that it came to: steps beyond those kept, and seconds to the last metrics."""
         runs = list(
-            self.objective.configs(trial.params, name=_folder(trial), replicate=replicate_of(trial))
+            self.objective.configs(
+                trial.params, name=folder_of(trial), replicate=replicate_of(trial)
+            )
         )
         kept = trial.user_attrs.get(KEPT, [0] * len(runs))
         begun_at = trial.datetime_start.timestamp() if trial.datetime_start else math.inf
@@ -218,18 +249,18 @@ class Queue:
         Stopped ones do not count, nor those that no worker came to train: those ended while they
         were asked for, as in an outage, and say nothing of the trial.
         """
-        tries = [trial, *(trials[number] for number in _earlier(trial))]
+        tries = [trial, *(trials[number] for number in earlier_tries(trial))]
         died = [each for each in tries if WORKER in each.user_attrs and not was_stopped(each)]
         return len(died) <= self.retries
 
     def _repeat(self, trial: FrozenTrial) -> None:
         """Enqueue the repetition of a failed trial."""
-        earlier = [*_earlier(trial), trial.number]
+        earlier = [*earlier_tries(trial), trial.number]
         kept = {key: v for key, v in trial.user_attrs.items() if key not in OF_ONE_TRY}
         with claim(self._lock(trial.number), wait=False) as free:
             # Whoever was lost without losing its lock may still write into its folder.
             done = free or was_stopped(trial)
-            name = _folder(trial) if done else f"{_folder(trial)}-again{len(earlier)}"
+            name = folder_of(trial) if done else f"{folder_of(trial)}-again{len(earlier)}"
         self.study.add_trial(
             optuna.trial.create_trial(
                 state=TrialState.WAITING,
@@ -249,20 +280,3 @@ class Queue:
 def begun(trials: Sequence[FrozenTrial]) -> int:
     """How many trials there are without repetitions."""
     return sum(not is_repetition(trial) for trial in trials)
-
-
-def _earlier(trial: FrozenTrial) -> list[int]:
-    """Numbers of the tries that this trial repeats, the first one first."""
-    return list(trial.system_attrs.get(EARLIER_TRIES, ()))
-
-
-def _lost(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
-    """The failed ones that no other repeats."""
-    repeated = {number for trial in trials for number in _earlier(trial)}
-    return [
-        trial for trial in trials if trial.state == TrialState.FAIL and trial.number not in repeated
-    ]
-
-
-def _folder(trial: FrozenTrial | optuna.Trial) -> str:
-    return str(trial.user_attrs.get(FOLDER, f"{trial.number:04d}"))

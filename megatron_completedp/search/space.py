@@ -117,7 +117,7 @@ class Space:
         yields. The result names no recipe, even where `config` did: its numbers are others.
         Raises ConfigError for a name that is no dimension and a value out of bounds.
         """
-        self._check(point)
+        self.check(point)
         tree = _tree(point)
         multipliers = config.multipliers
         types, layers = dict(multipliers.types), dict(multipliers.layers)
@@ -141,7 +141,8 @@ class Space:
             multipliers=_in_range(config, moved) if tree.keys() & {"depth", "layers"} else moved,
         )
 
-    def _check(self, point: Mapping[str, float]) -> None:
+    def check(self, point: Mapping[str, float]) -> None:
+        """Raise ConfigError for a name that is no dimension and a value out of its bounds."""
         known = {dimension.name: dimension for dimension in self.dimensions}
         for name, value in point.items():
             if name not in known:
@@ -151,7 +152,7 @@ class Space:
                     f"{' or '.join(near)}?"
                 )
             low, high = known[name].low, known[name].high
-            if not low <= value <= high:
+            if not (isinstance(value, int | float) and low <= value <= high):
                 raise ConfigError(f"{name} is {value}; expected a log in [{low:.4g}, {high:.4g}].")
 
 

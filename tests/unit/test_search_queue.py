@@ -362,13 +362,3 @@ def test_workers_that_begin_at_once_get_points_of_their_own(tmp_path: Path, name
         taken = [one.take(held) for _ in range(4)]
     points = {tuple(each.params.values()) for each in taken if each is not None}
     assert len(points) == 4
-
-
-def test_a_point_enqueued_by_hand_is_what_it_was_given(tmp_path: Path) -> None:
-    one = queue(tmp_path)
-    one.study.enqueue_trial({"hyperparams.lr": 0.25})
-    with ExitStack() as held:
-        taken = one.take(held)
-        assert taken is not None
-        assert taken.params["hyperparams.lr"] == 0.25
-        assert trials(one)[0].params == taken.params
