@@ -136,7 +136,9 @@ class Queue:
     def fail(self, taken: Taken) -> None:
         """An error ended the try, which counts like a worker's death: `retries` are its limit."""
         trial = self.storage.get_trial(taken.trial._trial_id)
-        self._end(taken, asdict(self._cost_of_dead(trial)), TrialState.FAIL)
+        # A sampler takes it for diverged; one that is asked now must see its repetition instead.
+        with claim(self.out / "claims" / "ask", wait=True):
+            self._end(taken, asdict(self._cost_of_dead(trial)), TrialState.FAIL)
 
     def _end(
         self,
@@ -175,9 +177,8 @@ class Queue:
                 if free:
                     self._fail(trial)
         trials = self.study.get_trials(deepcopy=False)
-        bad = [
-            trial for trial in trials if trial.state == TrialState.WAITING and self._fault(trial)
-        ]
+        waiting = [trial for trial in trials if trial.state == TrialState.WAITING]
+        bad = [trial for trial in waiting if self._fault(trial)]
         for trial in bad:
             self._fail(trial)
         left = [trial for trial in lost(trials) if self._may_repeat(trial, trials)]
@@ -209,13 +210,9 @@ class Queue:
         with suppress(UpdateFinishedTrialError):  # its worker did, between our look and our lock
             write_attributes(self.storage, trial._trial_id, end)
             self.storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
-            if fault:
-                logger.warning(
-                    "trial %d, enqueued by hand, is not trained: %s", trial.number, fault
-                )
-            else:
-                worker = trial.user_attrs.get(WORKER, "new")
-                logger.warning("trial %d lost its worker, %s", trial.number, worker)
+            worker = f"lost its worker, {trial.user_attrs.get(WORKER, 'new')}"
+            refused = f"was enqueued by hand and is refused: {fault}"
+            logger.warning("trial %d %s", trial.number, refused if fault else worker)
 
     def _fault(self, trial: FrozenTrial) -> str | None:
         """What is wrong with the point that a trial was enqueued with; None for nothing."""
@@ -227,11 +224,8 @@ class Queue:
 
     def _cost_of_dead(self, trial: FrozenTrial) -> Cost:
         """Of the runs that it came to: steps beyond those kept, and seconds to the last metrics."""
-        runs = list(
-            self.objective.configs(
-                trial.params, name=folder_of(trial), replicate=replicate_of(trial)
-            )
-        )
+        name, replicate = folder_of(trial), replicate_of(trial)
+        runs = list(self.objective.configs(trial.params, name=name, replicate=replicate))
         kept = trial.user_attrs.get(KEPT, [0] * len(runs))
         begun_at = trial.datetime_start.timestamp() if trial.datetime_start else math.inf
         steps, seconds = 0, 0.0

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from megatron_completedp.search.attributes import FIRST_TRY, REPLICATE, TAG, ended_well
+from megatron_completedp.search.attributes import FIRST_TRY, REPLICATE, TAG, ended_well, was_stopped
 from megatron_completedp.search.trust_state import Run
 
 
@@ -93,7 +93,7 @@ def _run(slot: int, trial: FrozenTrial, sign: int, names: Collection[str]) -> Ru
     if here and ended_well(trial):
         assert trial.value is not None, "it ended well"
         loss = sign * trial.value
-    elif trial.state.is_finished():
+    elif trial.state.is_finished() and not was_stopped(trial):
         loss = math.inf
     if tag is None:
         return Run(slot, slot, 0, loss)

@@ -44,17 +44,13 @@ def test_a_point_by_hand_that_cannot_be_trained_is_refused_once(
         with ExitStack() as held:
             assert one.take(held) is not None
     assert re.search(named, caplog.text)
-    assert caplog.text.count("enqueued by hand, is not trained") == 1
+    assert caplog.text.count("enqueued by hand and is refused") == 1
     with ExitStack() as held:
         taken = one.take(held)
         assert taken is not None
         one.complete(taken, facts(3.0))
-    assert [trial.state.name for trial in one.study.get_trials()] == [
-        "FAIL",
-        "FAIL",
-        "FAIL",
-        "COMPLETE",
-    ]
+    states = [trial.state.name for trial in one.study.get_trials()]
+    assert states == ["FAIL", "FAIL", "FAIL", "COMPLETE"]
     assert one.finished()
     assert one.given_up(one.study.get_trials()) == [], "nothing was lost"
 
@@ -71,4 +67,4 @@ def test_a_study_goes_on_whose_bad_point_was_already_asked_for(
         taken = one.take(held)
         assert taken is not None
         assert taken.params["hyperparams.lr"] < 9.0
-    assert caplog.text.count("enqueued by hand, is not trained") == 1
+    assert caplog.text.count("enqueued by hand and is refused") == 1

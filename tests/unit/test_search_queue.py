@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from threading import Thread
 
 import pytest
 
@@ -18,6 +19,7 @@ from search_samples import COST, facts, objective, queue, settings, write_run
 from sqlalchemy.exc import OperationalError
 
 from megatron_completedp.config.load import to_yaml
+from megatron_completedp.data.claims import claim
 from megatron_completedp.errors import ConfigError
 from megatron_completedp.search.access import sampler_by_slot
 from megatron_completedp.search.objective import Facts
@@ -282,6 +284,21 @@ def test_an_error_counts_like_a_workers_death(tmp_path: Path) -> None:
     assert states(one) == ["FAIL", "FAIL"]
     assert [trial.user_attrs["steps"] for trial in trials(one)] == [3, 3]
     assert not any("stopped" in trial.user_attrs for trial in trials(one))
+
+
+def test_a_proposal_under_way_sees_no_try_that_failed_but_is_to_be_repeated(tmp_path: Path) -> None:
+    """A sampler takes a failed try for a diverged one."""
+    one = queue(tmp_path)
+    with ExitStack() as held:
+        taken = one.take(held)
+        assert taken is not None
+        fails = Thread(target=one.fail, args=(taken,))
+        with claim(tmp_path / "claims" / "ask", wait=True):  # as `take` has, while it proposes
+            fails.start()
+            fails.join(timeout=1.0)
+            assert states(one) == ["RUNNING"]
+        fails.join()
+        assert states(one) == ["FAIL"]
 
 
 def test_the_run_of_another_search_is_not_taken_for_the_trials(tmp_path: Path) -> None:
