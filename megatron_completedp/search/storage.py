@@ -35,18 +35,18 @@ logger = logging.getLogger(__name__)
 FOLDER_FILE = "study.json"
 
 
-#: Seconds that a driver waits, by its own names: for SQLite's lock; for a server to take a
-#: connection, and for one to answer whose machine has gone without a word (milliseconds).
-_PATIENCE = {
-    "sqlite": {"timeout": 60},
-    "postgresql": {
-        "connect_timeout": 10,
-        "keepalives_idle": 30,
-        "keepalives_interval": 10,
-        "keepalives_count": 3,
-        "tcp_user_timeout": 60_000,
-    },
+#: Of libpq: seconds for a server to take a connection, and for one to answer whose machine has
+#: gone without a word (the last in milliseconds).
+_LIBPQ = {
+    "connect_timeout": 10,
+    "keepalives_idle": 30,
+    "keepalives_interval": 10,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 60_000,
 }
+
+#: How long a driver waits, by its own names: SQLite's for its lock. Other drivers keep their own.
+_PATIENCE = {"pysqlite": {"timeout": 60}, "psycopg": _LIBPQ, "psycopg2": _LIBPQ}
 
 
 def connect(url: str, database: DatabaseSettings, out: Path) -> RDBStorage:
@@ -56,12 +56,12 @@ def connect(url: str, database: DatabaseSettings, out: Path) -> RDBStorage:
     fail. Raises ConfigError for a URL that is none or whose driver is not installed.
     """
     try:
-        backend = make_url(url).get_backend_name()
+        driver = make_url(url).get_driver_name()
         with warnings.catch_warnings(), claim(out / "claims" / "tables", wait=True):
             warnings.simplefilter("ignore", ExperimentalWarning)  # heartbeats
             storage = RDBStorage(
                 url,
-                engine_kwargs={"connect_args": _PATIENCE.get(backend, {})},
+                engine_kwargs={"connect_args": _PATIENCE.get(driver, {})},
                 heartbeat_interval=database.heartbeat_s,
                 grace_period=database.grace_s,
             )

@@ -20,6 +20,7 @@ from sqlalchemy.exc import IntegrityError, OperationalError
 
 from megatron_completedp.errors import ConfigError
 from megatron_completedp.search import outage as outages
+from megatron_completedp.search import storage
 from megatron_completedp.search.outage import DatabaseUnreachable, persist
 from megatron_completedp.search.settings import DatabaseSettings
 from megatron_completedp.search.storage import connect, load_study, open_study
@@ -116,6 +117,27 @@ def test_a_bad_url_is_refused(url: str, named: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=named) as error:
         connect(url, DATABASE, tmp_path)
     assert "secret" not in "".join(traceback.format_exception(error.value))
+
+
+@pytest.mark.parametrize(
+    ("url", "given"),
+    [
+        ("sqlite:///study.db", {"timeout"}),
+        ("postgresql+psycopg://host/name", {"connect_timeout", "keepalives_idle"}),
+        ("postgresql+psycopg2://host/name", {"connect_timeout", "keepalives_idle"}),
+        ("postgresql+pg8000://host/name", set()),
+    ],
+)
+def test_a_driver_gets_only_what_it_knows(
+    url: str, given: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """pg8000 does not know libpq's names: it ended in a TypeError."""
+    seen: dict[str, Any] = {}
+    monkeypatch.setattr(storage, "RDBStorage", lambda url, **options: seen.update(options))
+    connect(url, DATABASE, tmp_path)
+    arguments = seen["engine_kwargs"]["connect_args"]
+    assert given <= set(arguments)
+    assert bool(given) == bool(arguments)
 
 
 class Away:
