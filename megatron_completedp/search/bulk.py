@@ -1,4 +1,4 @@
-"""Many values of a trial in one transaction, into Optuna's own tables.
+"""Many values of a trial in one transaction, or one that must not be there, into Optuna's tables.
 
 Optuna commits every parameter and every attribute on its own; with 79 parameters that is most of
 what a study costs a trial. These are the tables of version 5's schema.
@@ -8,13 +8,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 from optuna.distributions import BaseDistribution, distribution_to_json
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.storages import RDBStorage
-from optuna.storages._rdb.models import TrialModel, TrialParamModel, TrialUserAttributeModel
+from optuna.storages._rdb.models import (
+    StudyUserAttributeModel,
+    TrialModel,
+    TrialParamModel,
+    TrialUserAttributeModel,
+)
 from sqlalchemy import delete, insert, select
+from sqlalchemy.exc import IntegrityError
 
 
 def write_params(
@@ -58,3 +65,13 @@ def write_attributes(storage: RDBStorage, trial_id: int, attributes: Mapping[str
             delete(table).where(table.trial_id == trial_id, table.key.in_(attributes))
         )
         connection.execute(insert(table), rows)
+
+
+def write_study_once(storage: RDBStorage, study_id: int, key: str, value: Any) -> None:
+    """Set a user attribute of a study, unless it has one of this name, which then stays.
+
+    Of all that try it at once, wherever they are, one does it: names are unique in the table.
+    """
+    row = {"study_id": study_id, "key": key, "value_json": json.dumps(value)}
+    with suppress(IntegrityError), storage.engine.begin() as connection:
+        connection.execute(insert(StudyUserAttributeModel), row)

@@ -24,6 +24,7 @@ from megatron_completedp.data.atomic import atomic_write
 from megatron_completedp.data.claims import claim
 from megatron_completedp.errors import ConfigError
 from megatron_completedp.search.attributes import CODE, FOLDER_ID, IDENTITY, TEXT
+from megatron_completedp.search.bulk import write_study_once
 from megatron_completedp.search.settings import TRIALS_FOLDER, DatabaseSettings
 from megatron_completedp.study.code import code_version
 from megatron_completedp.study.results import differences, in_words, text_differences
@@ -95,30 +96,32 @@ def open_study(
     ConfigError, with the differences, for a study of another identity, and for one whose workers
     share another output folder.
     """
-    # One at a time, so that the first one's identity stands when the next one looks.
+    # One of this folder at a time, so that the first one's identity stands when the next one looks.
     with claim(out / "claims" / "study", wait=True), _quiet():
         study = optuna.create_study(
             storage=storage, study_name=name, direction="minimize", load_if_exists=True
         )
-        if IDENTITY not in study.user_attrs:
+        if new := IDENTITY not in study.user_attrs:
             if (out / TRIALS_FOLDER).exists():
                 raise ConfigError(
                     f"{out / TRIALS_FOLDER} has the runs of another search, or of one that is no "
                     "longer in its database; this one would take them for its own. Give another "
                     "--out, or remove that folder."
                 )
-            if first is not None:
-                study.enqueue_trial(dict(first), skip_if_exists=True)
-            study.set_user_attr(FOLDER_ID, _mark(out))
-            study.set_user_attr(TEXT, dict(text or {}))
-            study.set_user_attr(IDENTITY, _as_read_back(identity))
-        check_identity(study, identity, text=text)
+            # Of two searches that begin in two folders at once, the database lets one in.
+            write_study_once(storage, study._study_id, FOLDER_ID, _mark(out))
         if study.user_attrs[FOLDER_ID] != _marked(out):
             raise ConfigError(
                 f"the study {name!r} was started with another output folder than {out}. Its "
                 "workers share one folder, which all of them must see: runs, logs and locks are "
                 "in it. Give that folder, or this search another name and a new folder."
             )
+        if new:
+            if first is not None:
+                study.enqueue_trial(dict(first), skip_if_exists=True)
+            study.set_user_attr(TEXT, dict(text or {}))
+            study.set_user_attr(IDENTITY, _as_read_back(identity))
+        check_identity(study, identity, text=text)
         _note_code(study)
     return study
 

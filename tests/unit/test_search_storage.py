@@ -95,6 +95,44 @@ def test_workers_with_another_folder_are_refused(tmp_path: Path) -> None:
     opened(there)
 
 
+def test_of_two_searches_that_begin_at_once_the_database_lets_one_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One name and database, two folders: the second looks before the first has written."""
+    url, mark = f"sqlite:///{tmp_path / 'study.db'}", storage._mark
+
+    def opens(name: str) -> Any:
+        out = tmp_path / name
+        out.mkdir()
+        identity = objective(out).identity
+        return open_study(connect(url, DATABASE, out), "study", out, identity=identity)
+
+    def first_in_between(out: Path) -> str:
+        monkeypatch.undo()
+        opens("first")
+        return mark(out)
+
+    monkeypatch.setattr(storage, "_mark", first_in_between)
+    with pytest.raises(ConfigError, match=r"another output folder than .*second"):
+        opens("second")
+    kept = load_study(connect(url, DATABASE, tmp_path), "study").user_attrs
+    assert kept["folder"] == storage._marked(tmp_path / "first")
+
+
+@pytest.mark.parametrize("written", [(), ("folder",)])
+def test_a_start_that_was_killed_half_way_is_taken_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written: tuple[str, ...]
+) -> None:
+    def dies(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(storage, "_as_read_back" if written else "write_study_once", dies)
+    with pytest.raises(KeyboardInterrupt):
+        opened(tmp_path)
+    monkeypatch.undo()
+    assert "identity" in opened(tmp_path).user_attrs
+
+
 def test_a_study_that_does_not_exist_is_named(tmp_path: Path) -> None:
     opened(tmp_path)
     with pytest.raises(ConfigError, match=r"no study 'other' .* it has study"):
