@@ -174,7 +174,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "status": Command(
         "Print how far a search is, its best point and its cost.",
-        "Only reads; a search may be running.",
+        "Changes nothing of the study; a search may be running.",
         TargetFlags,
         _status,
     ),

@@ -106,6 +106,9 @@ def _check_seed(seed: int, path: str) -> None:
 def read(search: Search) -> optuna.Study:
     """The search's study with its sampler, to be read.
 
+    Nothing of the study is changed; its database gets its tables, and OUT a folder for locks, where
+    they are missing.
+
     Raises ConfigError when there is none, and for one that is another search.
     """
     settings, file = search.settings, search.out / DATABASE_FILE
