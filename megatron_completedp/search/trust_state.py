@@ -44,7 +44,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Round:
-    """A decided round, for reports."""
+    """A decided round: why the state is what it is. Nothing is worked out from it."""
 
     scale: float
     """Scale of the region while it was drawn."""
@@ -80,11 +80,6 @@ class State:
     """The decided rounds."""
     wanted: tuple[tuple[int, int], ...]
     """(point, replicate) to be run before the search can go on."""
-
-    @property
-    def restarts(self) -> int:
-        """How often the region went back to its start."""
-        return sum(decided.restarted for decided in self.rounds)
 
 
 def fold(runs: Sequence[Run], rules: Rules) -> State:
