@@ -26,7 +26,7 @@ from megatron_completedp.search.outage import heartbeat, persist
 from megatron_completedp.search.progress import Progress
 from megatron_completedp.search.pruning import Pruner
 from megatron_completedp.search.queue import Queue, Taken
-from megatron_completedp.search.settings import DatabaseSettings, SearchSettings
+from megatron_completedp.search.settings import DatabaseSettings, SearchSettings, database_url
 from megatron_completedp.search.trust_rules import Rules
 from megatron_completedp.study.crew import (
     POLL_S,
@@ -88,6 +88,7 @@ def work(search: Search) -> None:
 
     Main thread only. Raises StudyStopped when a signal came.
     """
+    _warn_of_sqlite_in_an_array(search)
     stop: Stop = RawValue(c_bool, False)
     name = f"{os.uname().nodename}-{os.getpid()}"
     ranks = search.settings.ranks
@@ -95,6 +96,19 @@ def work(search: Search) -> None:
         _work(search, name, stop)
     if stop.value:
         raise StudyStopped("stopped by a signal; start the same command again to go on.")
+
+
+def _warn_of_sqlite_in_an_array(search: Search) -> None:
+    """SQLite's locks do not hold over NFS, and no task knows on which machines others are."""
+    tasks = os.environ.get("SLURM_ARRAY_TASK_COUNT", "1")
+    url = database_url(search.settings, search.out)
+    if tasks.isdecimal() and int(tasks) > 1 and url.startswith("sqlite"):
+        logger.warning(
+            "this is one of %s tasks of a SLURM array, and the study is in SQLite, which serves "
+            "those of one machine alone; tasks on several machines need database.url: "
+            "postgresql+psycopg://user:password@host/name",
+            tasks,
+        )
 
 
 def _crew_member(tree: Mapping[str, Any], out: Path, *, number: int, stop: Stop) -> None:
