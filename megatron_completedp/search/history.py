@@ -99,7 +99,7 @@ class History:
     @cached_property
     def _unbiased(self) -> Mapping[tuple[float, ...], Sequence[FrozenTrial]]:
         """The runs by point that no choice was made by, without those that fell off a cliff."""
-        options = self.study.user_attrs["identity"]["proposals"]["options"]
+        options = self.study.user_attrs[IDENTITY]["proposals"]["options"]
         cliff = options.get("cliff", Rules.cliff)
         found = {}
         for key, runs in self._by_point.items():
