@@ -18,6 +18,7 @@ import optuna
 from megatron_completedp.config.load import identity, load_config
 from megatron_completedp.errors import ConfigError
 from megatron_completedp.plan.run_plan import Plan
+from megatron_completedp.search.attributes import IDENTITY, TEXT
 from megatron_completedp.search.compare_settings import CompareSettings
 from megatron_completedp.search.heldout import check_seeds, every_seed, on_heldout, text_of
 from megatron_completedp.search.history import History
@@ -50,14 +51,14 @@ class HeldPoints:
             for name, paths in settings.studies.items()
         }
         every = [study for group in studies.values() for study in group]
-        first = every[0].user_attrs["identity"]
+        first = every[0].user_attrs[IDENTITY]
         for study in every:
-            own = study.user_attrs["identity"]
+            own = study.user_attrs[IDENTITY]
             found = list(differences(first["space"], own["space"], "space"))
             found += differences(own["run"], json.loads(json.dumps(identity(base))), "run")
             for name in ("seeds", "samples"):
                 found += differences(first[name], own[name], name)
-            found += text_differences(study.user_attrs.get("text", {}), text_of(base))
+            found += text_differences(study.user_attrs.get(TEXT, {}), text_of(base))
             if found:
                 raise ConfigError(
                     f"the study {study.study_name!r} is no search of the same kind: "
@@ -103,7 +104,7 @@ class HeldPoints:
     def options(self) -> dict[str, Mapping[str, Any]]:
         """The options of the studies' samplers, by sampler, for the surrogate."""
         of = {
-            name: group[0].study.user_attrs["identity"]["proposals"]
+            name: group[0].study.user_attrs[IDENTITY]["proposals"]
             for name, group in self.histories.items()
         }
         return {name: each["options"] for name, each in of.items() if each["sampler"] == name}
@@ -176,7 +177,7 @@ def _check_repeats(studies: Mapping[str, Sequence[optuna.Study]]) -> None:
     """Raise ConfigError for repeats that are no repeats: of two kinds, or with one seed."""
     kinds: dict[str, str] = {}
     for name, group in studies.items():
-        proposals = [study.user_attrs["identity"]["proposals"] for study in group]
+        proposals = [study.user_attrs[IDENTITY]["proposals"] for study in group]
         kind = {json.dumps([each["sampler"], each["options"]]) for each in proposals}
         if len(kind) > 1:
             raise ConfigError(

@@ -28,7 +28,8 @@ class DatabaseSettings:
     heartbeat_s: int = 60
     """Between the signs of life that a worker writes while it trains."""
     grace_s: int = 600
-    """A trial without a sign of life for so long has lost its worker, whatever its lock says."""
+    """A trial without a sign of life for so long, and one heartbeat more, has lost its worker,
+    whatever its lock says."""
     retry_s: float = 300.0
     """For so long an unreachable database is tried again, less and less often."""
 
