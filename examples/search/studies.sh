@@ -16,7 +16,7 @@ tuned() { # run a search to its end, keep its recipe, show it
 
 tuned global "$@"
 for level in types types_x_depth full; do tuned "$level" "$@"; done
-for sampler in random tpe cmaes; do
+for sampler in random tpe cmaes gp; do
   search run --config "$folder/types_$sampler.yaml" "$@"
   search report --config "$folder/types_$sampler.yaml" --target "$folder/target.yaml"
 done

@@ -29,7 +29,8 @@ from megatron_completedp.study.results import Results
 from megatron_completedp.study.settings import OutFlag, load_study
 
 EXAMPLES = Path(__file__).parents[2] / "examples/search"
-SEARCHES = ("types", "types_x_depth", "full", "types_random", "types_tpe", "types_cmaes")
+LEVELS = ("types", "types_x_depth", "full")
+SAMPLERS = ("types_random", "types_tpe", "types_cmaes", "types_gp")
 LOGS = (16.0, 17.0, 18.0, 19.0)
 
 
@@ -253,7 +254,7 @@ def examples(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", ["global", *SEARCHES])
+@pytest.mark.parametrize("name", ["global", *LEVELS, *SAMPLERS])
 def test_every_example_is_a_search(examples: Path, tmp_path: Path, name: str) -> None:
     found, out, _ = load_study(
         SearchSettings,
@@ -313,5 +314,5 @@ def test_the_example_of_compare_names_the_searches(examples: Path) -> None:
         paths=("run", "studies"),
     )
     paths = [Path(path) for paths in found.studies.values() for path in paths]
-    assert {path.parent.name for path in paths} == {"types", *SEARCHES[3:]}
+    assert {path.parent.name for path in paths} == {"types", *SAMPLERS} - {"types_gp"}
     assert {path.parents[1] for path in paths} == {examples}
