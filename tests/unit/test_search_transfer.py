@@ -314,5 +314,5 @@ def test_the_example_of_compare_names_the_searches(examples: Path) -> None:
         paths=("run", "studies"),
     )
     paths = [Path(path) for paths in found.studies.values() for path in paths]
-    assert {path.parent.name for path in paths} == {"types", *SAMPLERS} - {"types_gp"}
+    assert {path.parent.name for path in paths} == {"types", *SAMPLERS}
     assert {path.parents[1] for path in paths} == {examples}
