@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -115,17 +115,25 @@ class Objective:
         """The seeds of a point's run number `replicate`; no two of its runs share one."""
         return seeds_of(self.base.seed, self.seeds, replicate)
 
-    def train(self, params: Mapping[str, float], *, name: str, replicate: int) -> Facts | Cost:
-        """Train the trial to its end, from where an earlier try stopped; its cost if a signal came.
+    def train(
+        self,
+        params: Mapping[str, float],
+        *,
+        name: str,
+        replicate: int,
+        stop: Callable[[], bool],
+    ) -> Facts | Cost:
+        """Train the trial to its end, from where an earlier try stopped.
 
-        Raises CompletedPError for runs that cannot be trained.
+        Its cost alone where `stop`, which is asked throughout, or a signal ended it. Raises
+        CompletedPError for runs that cannot be trained.
         """
         runs = list(self.configs(params, name=name, replicate=replicate))
         start, before = time.perf_counter(), sum(kept_steps(config) for _, config in runs)
         losses: list[float | None] = []
         for file, config in runs:
             self._write(file, config)
-            row = train_point(file, ranks=self.ranks)
+            row = train_point(file, ranks=self.ranks, stop=stop)
             if row is None:
                 break
             losses.append(row["loss"])

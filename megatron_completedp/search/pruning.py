@@ -6,8 +6,6 @@ alike, and a run that starts slowly can end well.
 
 from __future__ import annotations
 
-import os
-import signal
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -58,10 +56,7 @@ def loss_at(rows: Sequence[Mapping[str, Any]], step: int, steps: int) -> float |
 
 
 class Pruner:
-    """Inside `with`, a thread follows a run's metrics and stops it once it is out of the band.
-
-    The run is stopped as by a batch system: it saves and leaves.
-    """
+    """Inside `with`, a thread follows a run's metrics, until the run is out of the band."""
 
     def __init__(self, run_dir: Path, *, steps: int, trials: Sequence[FrozenTrial]) -> None:
         self._run_dir = run_dir
@@ -71,11 +66,10 @@ class Pruner:
         self._thread = Thread(target=self._follow, name="pruner", daemon=True)
         self.losses: dict[int, float] = {}
         """Training loss by step, at the marks that the run has reached."""
-        self.stopped = False
-        """Whether the run was out of the band and asked to stop."""
+        self.behind = False
+        """Whether the run was out of the band at a mark, and has to stop."""
 
     def __enter__(self) -> Pruner:
-        self._outside = signal.getsignal(signal.SIGTERM)
         self._thread.start()
         return self
 
@@ -94,13 +88,8 @@ class Pruner:
         tidy(self._run_dir)
 
     def _follow(self) -> None:
-        while not self._over.wait(POLL_S / 4):
-            behind = self._look()
-            # Only while the run has its own handlers in front: it alone is to stop.
-            if behind and signal.getsignal(signal.SIGTERM) is not self._outside:
-                self.stopped = True
-                os.kill(os.getpid(), signal.SIGTERM)
-                return
+        while not self.behind and not self._over.wait(POLL_S / 4):
+            self.behind = self._look()
 
     def _look(self) -> bool:
         """Take down the marks reached; whether the run is behind the pool at the last of them."""

@@ -92,7 +92,7 @@ def work(search: Search) -> None:
     stop: Stop = RawValue(c_bool, False)
     name = f"{os.uname().nodename}-{os.getpid()}"
     ranks = search.settings.ranks
-    with environment(ranks=ranks, number=0, devices=()), stopping(stop, passes_on=True):
+    with environment(ranks=ranks, number=0, devices=()), stopping(stop):
         _work(search, name, stop)
     if stop.value:
         raise StudyStopped("stopped by a signal; start the same command again to go on.")
@@ -141,9 +141,15 @@ def _train(queue: Queue, taken: Taken, search: Search, stop: Stop) -> None:
     """Train one trial and enter its result, or give it back."""
     trial, database, objective = taken.trial, search.settings.database, queue.objective
     pruner = _pruner(queue, taken, database, stop) if search.settings.prune else None
+
+    def is_to_stop() -> bool:
+        return stop.value or (pruner is not None and pruner.behind)
+
     try:
         with heartbeat(queue.storage, trial._trial_id), pruner or nullcontext():
-            found = objective.train(taken.params, name=taken.name, replicate=taken.replicate)
+            found = objective.train(
+                taken.params, name=taken.name, replicate=taken.replicate, stop=is_to_stop
+            )
     except CompletedPError:
         persist(lambda: queue.fail(taken), database, stop)
         raise
@@ -151,12 +157,12 @@ def _train(queue: Queue, taken: Taken, search: Search, stop: Stop) -> None:
     if isinstance(found, Facts):
         persist(lambda: queue.complete(taken, found, curve), database, stop)
         logger.info("trial %d: %.4f", trial.number, objective.value(found))
-    elif pruner and pruner.stopped:
+    elif pruner and pruner.behind:
         persist(lambda: queue.prune(taken, found, curve), database, stop)
         pruner.tidy()
         logger.info("trial %d was pruned", trial.number)
     else:
-        stop.value = True  # the signal may have come to this process alone
+        stop.value = True  # the signal may have come to one of the ranks alone
         persist(lambda: queue.give_back(taken, found), database)
 
 

@@ -154,7 +154,7 @@ def _be_worker(
     os.dup2(log.fileno(), sys.stderr.fileno())
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     try:
-        with stopping(stop, passes_on=True):
+        with stopping(stop), _following_the_parent(stop):
             work(number=number, stop=stop)
     except StudyStopped:
         pass  # `stop` is set, and says it to whoever waits
@@ -167,45 +167,42 @@ def _be_worker(
 
 
 @contextmanager
-def stopping(stop: Stop, *, passes_on: bool = False) -> Iterator[None]:
+def stopping(stop: Stop) -> Iterator[None]:
     """Inside, the stop signals set `stop`, which parent and workers share, and do no more.
 
     It is plain memory: a handler that took a lock could wait for the code it interrupted. While a
-    run trains, its own handlers stand in front and it saves; a process that trains `passes_on` the
-    wish to its run, and takes the end of its parent for one.
+    run trains here, its own handlers stand in front; it saves, and hands the signal on.
     """
 
     def request(*_: object) -> None:
         stop.value = True
 
     previous = {number: signal.signal(number, request) for number in SIGNALS}
-    over = Event()
-    passing_on = Thread(target=_stop_the_run, args=(stop, request, over), daemon=True)
-    if passes_on:
-        passing_on.start()
     try:
         yield
     finally:
-        if passes_on:
-            over.set()
-            passing_on.join()
         for number, handler in previous.items():
             signal.signal(number, handler)
 
 
-def _stop_the_run(stop: Stop, request: Any, over: Event) -> None:
-    """Once `stop` is set, signal this process as soon as a run's handlers stand before `request`.
+@contextmanager
+def _following_the_parent(stop: Stop) -> Iterator[None]:
+    """Inside, the end of this process's parent sets `stop`."""
+    parent, over = multiprocessing.parent_process(), Event()
+    assert parent is not None
 
-    Whoever asked, this process heard of it while it had no run that could save, or did not hear of
-    it at all. A run takes signals that come at almost the same time for one.
-    """
-    parent = multiprocessing.parent_process()
-    while not over.wait(POLL_S / 4):
-        if parent is not None and not parent.is_alive():
-            stop.value = True
-        if stop.value and signal.getsignal(signal.SIGTERM) is not request:
-            os.kill(os.getpid(), signal.SIGTERM)
-            return
+    def follow() -> None:
+        while not stop.value and not over.wait(POLL_S / 4):
+            if not parent.is_alive():
+                stop.value = True
+
+    thread = Thread(target=follow, name="parent", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 @contextmanager

@@ -10,10 +10,10 @@ import hashlib
 import json
 import math
 import shutil
-import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,9 @@ from megatron_completedp.train import folder as run_folder
 
 #: Part of the run, at its end, over which the training loss is averaged.
 LAST_PART = 0.1
+
+#: Between looks at whether a run of several ranks is to stop.
+_POLL_S = 0.25
 
 
 def as_point(config: RunConfig) -> RunConfig:
@@ -83,12 +86,15 @@ def outcome(config: RunConfig) -> Outcome | None:
     return Outcome(diverged=False, loss=losses[-1], train_loss=sum(last) / len(last))
 
 
-def train_point(config_file: Path, *, ranks: int) -> dict[str, Any] | None:
+def train_point(
+    config_file: Path, *, ranks: int, stop: Callable[[], bool]
+) -> dict[str, Any] | None:
     """Train the run that `config_file` describes, to its end; the numbers of its row.
 
-    Trained in this process for one rank, by torchrun for several. None when a signal stopped it:
-    it has saved, and goes on from there the next time. A run whose process was killed instead
-    starts again. Raises CompletedPError for a run that cannot be trained.
+    Trained in this process for one rank, by torchrun for several. `stop` is asked throughout. None
+    when it, or a signal, stopped the run: that has saved, and goes on from there the next time. A
+    run whose process was killed instead starts again. Raises CompletedPError for a run that cannot
+    be trained.
     """
     config = load_config(config_file)
     folder = Path(config.run_dir)
@@ -98,9 +104,9 @@ def train_point(config_file: Path, *, ranks: int) -> dict[str, Any] | None:
         if not (folder / run_folder.CHECKPOINTS).exists():
             shutil.rmtree(folder, ignore_errors=True)
         if ranks == 1:
-            _train_here(config)
+            _train_here(config, stop)
         else:
-            _train_by_torchrun(config_file, config, ranks)
+            _train_by_torchrun(config_file, config, ranks, stop)
         found = outcome(config)
     if found is None:
         return None
@@ -114,38 +120,30 @@ def tidy(folder: Path) -> None:
         shutil.rmtree(folder / name, ignore_errors=True)
 
 
-def _train_here(config: RunConfig) -> None:
+def _train_here(config: RunConfig, stop: Callable[[], bool]) -> None:
     # Torch must not be imported before the worker has set its threads and its device.
     from megatron_completedp.mcore.parallel import destroy_parallel
     from megatron_completedp.train.start import train
 
     try:
-        train(Plan.of(config))
+        train(Plan.of(config), stop=stop)
     except TrainingDiverged:
         pass  # the event in the run's metrics says so
     finally:
         destroy_parallel()
 
 
-def _train_by_torchrun(config_file: Path, config: RunConfig, ranks: int) -> None:
+def _train_by_torchrun(
+    config_file: Path, config: RunConfig, ranks: int, stop: Callable[[], bool]
+) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += [f"--nproc-per-node={ranks}", "-m", "megatron_completedp.train"]
     process = subprocess.Popen([*command, "--config", str(config_file)])
-    asked = False
-
-    def stop(*_: object) -> None:
-        nonlocal asked
-        if not asked:
-            process.terminate()  # torchrun hands SIGTERM on; SIGUSR1 would end torchrun itself
-        asked = True
-
-    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-    previous = {number: signal.signal(number, stop) for number in numbers}
-    try:
-        code = process.wait()
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+    while process.poll() is None and not stop():
+        time.sleep(_POLL_S)
+    # torchrun hands SIGTERM on to the ranks; to one that has ended, this does nothing.
+    process.terminate()
+    code = process.wait()
     stopped = (Path(config.run_dir) / run_folder.REQUEUE_FILE).exists()
     if code and not stopped and outcome(config) is None:
         raise CompletedPError(

@@ -115,9 +115,9 @@ def _train_one(
     for task in tasks:
         with claim(folder / "claims" / task.id, wait=False) as claimed:
             if claimed and _without_row([task], results):
-                row = train_point(task.config_file, ranks=ranks)
+                row = train_point(task.config_file, ranks=ranks, stop=lambda: stop.value)
                 if row is None:
-                    stop.value = True  # the signal may have come to this process alone
+                    stop.value = True  # the signal may have come to one of the ranks alone
                 else:
                     results.append({"id": task.id, **task.labels, **row})
                 return True

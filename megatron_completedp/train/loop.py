@@ -90,7 +90,7 @@ class Run:
             self.journal.resumed(engine.step, note)
 
     def to_the_end(self) -> RunResult:
-        """Train the remaining steps, or until a signal stops the run.
+        """Train the remaining steps, or until the run is asked to stop.
 
         Raises TrainingDiverged, naming the last good checkpoint, when the policy says stop.
         """
@@ -188,7 +188,7 @@ class Run:
     def _announce_stop(self) -> None:
         """After the checkpoint: write the event and the file that asks to be started again."""
         step = self.engine.step
-        message = f"stopped by a signal at step {step}; start the run again to go on."
+        message = f"stopped on request at step {step}; start the run again to go on."
         self.journal.stopped(step, message)
         if self.is_main:
             run_folder.ask_for_requeue(self.folder, message)

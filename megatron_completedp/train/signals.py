@@ -27,7 +27,9 @@ class StopSignals:
     """Inside `with`, the stop signals set `received` instead of ending this process.
 
     One that comes REPEAT_S or more after the first ends it at once with exit code 128 + its number,
-    even from within a collective that never returns. Main thread only, as Python demands.
+    even from within a collective that never returns. Afterwards the first is handed on to the
+    handler that a caller had set for it: the run that took it may have ended as if nothing were.
+    Main thread only, as Python demands.
     """
 
     def __init__(self) -> None:
@@ -68,6 +70,12 @@ class StopSignals:
         self._writer.shutdown(socket.SHUT_WR)
         self._writer.close()
         self._listener.join()
+        if self.received is not None:
+            number = signal.Signals[self.received]
+            handler = self._old_handlers[number]
+            # Python's own for Ctrl-C is nobody's wish: it would end what has just been finished.
+            if callable(handler) and handler is not signal.default_int_handler:
+                handler(number, None)
 
     def _listen(self, reader: socket.socket) -> None:
         first_at = 0.0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import torch.distributed as dist
@@ -25,23 +25,29 @@ from megatron_completedp.train.watchdog import GRACE_S, Watchdog
 logger = logging.getLogger(__name__)
 
 
-def train(plan: Plan, *, allowed_changes: Collection[str] = ()) -> RunResult:
+def train(
+    plan: Plan,
+    *,
+    allowed_changes: Collection[str] = (),
+    stop: Callable[[], bool] = lambda: False,
+) -> RunResult:
     """Train `plan` to its last step, from its newest checkpoint if it has one.
 
-    All ranks call this, in their main thread. A stop signal to any rank makes all of them save and
-    return after the present step. `allowed_changes` names hyperparameters, as module.field, that
-    may differ from the checkpoint's. Raises CompletedPError subclasses for what a user can mend;
-    whatever happens, the folder keeps every finished metrics row and complete checkpoint.
+    All ranks call this, in their main thread. A stop signal to any rank, or its `stop`, which every
+    step asks, makes all of them save and return after the present step. `allowed_changes` names
+    hyperparameters, as module.field, that may differ from the checkpoint's. Raises CompletedPError
+    subclasses for what a user can mend; whatever happens, the folder keeps every finished metrics
+    row and complete checkpoint.
     """
     timeout_s, folder = plan.config.training.timeout_s, Path(plan.config.run_dir)
     rank = int(os.environ.get("RANK", "0"))
     with StopSignals() as signals, Watchdog(timeout_s, folder=folder, rank=rank) as watchdog:
-        return _start(plan, watchdog, signals, allowed_changes).to_the_end()
+        run = _start(plan, watchdog, allowed_changes)
+        run.engine.stop_requested = lambda: signals.requested() or stop()
+        return run.to_the_end()
 
 
-def _start(
-    plan: Plan, watchdog: Watchdog, signals: StopSignals, allowed_changes: Collection[str]
-) -> Run:
+def _start(plan: Plan, watchdog: Watchdog, allowed_changes: Collection[str]) -> Run:
     """Everything before the first step."""
     config = plan.config
     # Before anything can fail: a launcher must not take an old request for this start's.
@@ -77,7 +83,6 @@ def _start(
     )
     engine = Engine(config, plan.resolved, platform)
     logger.info("hyperparameters by group\n%s", describe_groups(engine.groups, engine.inventory))
-    engine.stop_requested = signals.requested
     run = Run(
         config,
         folder,

@@ -14,6 +14,7 @@ import random
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,9 @@ def loss(config: RunConfig) -> float:
     return 3 + 0.2 * (lr - 0.5) ** 2 + 0.1 * (decay + 0.5) ** 2 + noise
 
 
-def train_point(config_file: Path, *, ranks: int) -> dict[str, Any] | None:
+def train_point(
+    config_file: Path, *, ranks: int, stop: Callable[[], bool]
+) -> dict[str, Any] | None:
     """What `study.points.train_point` does, with a loss out of thin air."""
     assert ranks == 1
     config = load_config(config_file)
@@ -68,7 +71,7 @@ def train_point(config_file: Path, *, ranks: int) -> dict[str, Any] | None:
                 row = {"kind": "train", "step": step, "loss": loss(config)}
                 metrics.write(json.dumps(row) + "\n")
                 metrics.flush()
-                if signals.requested() and step < STEPS:
+                if (signals.requested() or stop()) and step < STEPS:
                     (folder / CHECKPOINTS / f"step_{step:08d}").mkdir(parents=True)
                     return None
             row = {"kind": "eval", "step": STEPS, "loss": loss(config)}

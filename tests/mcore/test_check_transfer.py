@@ -132,12 +132,15 @@ def test_a_run_that_finished_before_its_row_was_written_is_only_read(
     name, row = next((n, r) for n, r in rows(out).items() if not r["diverged"])
     file = out / "runs" / name / "metrics.jsonl"
     before = file.stat().st_mtime_ns
-    assert train_point(out / "runs" / f"{name}.yaml", ranks=1)["loss"] == row["loss"]
+    config = out / "runs" / f"{name}.yaml"
+    assert train_point(config, ranks=1, stop=lambda: False)["loss"] == row["loss"]
     assert file.stat().st_mtime_ns == before
 
 
 @pytest.mark.slow
-def test_several_ranks_train_through_torchrun(study: tuple[Path, Report], tmp_path: Path) -> None:
+def test_several_ranks_train_through_torchrun_and_stop_when_asked(
+    study: tuple[Path, Report], tmp_path: Path
+) -> None:
     out, _ = study
     name, row = next((n, r) for n, r in rows(out).items() if not r["diverged"])
     tree = yaml.safe_load((out / "runs" / f"{name}.yaml").read_text(encoding="utf-8"))
@@ -145,7 +148,13 @@ def test_several_ranks_train_through_torchrun(study: tuple[Path, Report], tmp_pa
     tree["run_dir"] = str(tmp_path / "point")
     tree["parallel"]["tensor_model_parallel_size"] = 2
     file.write_text(yaml.safe_dump(tree))
-    found = train_point(file, ranks=2)
+
+    def is_training() -> bool:
+        return any(tmp_path.glob("point/metrics.jsonl"))
+
+    assert train_point(file, ranks=2, stop=is_training) is None
+    assert list(tmp_path.glob("point/checkpoints/step_*")), "stopped halfway, it has saved"
+    found = train_point(file, ranks=2, stop=lambda: False)
     # Sums over two ranks are rounded in another order; 20 steps amplify that to far below 1e-3.
     assert found["loss"] == pytest.approx(row["loss"], abs=1e-3)
 

@@ -260,12 +260,12 @@ def test_a_finished_trial_is_charged_from_its_save_on(
     folder = tmp_path / "trials" / "0000"
     write_run(folder, 7, saved=4)
 
-    def train_point(config_file: Path, *, ranks: int) -> dict[str, object]:
+    def train_point(config_file: Path, **_: object) -> dict[str, object]:
         write_run(folder, 10, loss=3.0)
         return {"loss": 3.0, "diverged": False}
 
     monkeypatch.setattr("megatron_completedp.search.objective.train_point", train_point)
-    found = objective(tmp_path).train({}, name="0000", replicate=0)
+    found = objective(tmp_path).train({}, name="0000", replicate=0, stop=lambda: False)
     assert isinstance(found, Facts)
     assert found.steps == 6
 
@@ -309,10 +309,10 @@ def test_the_run_of_another_search_is_not_taken_for_the_trials(tmp_path: Path) -
     file.write_text(to_yaml(other))
     write_run(Path(config.run_dir), 10, loss=2.345)
     with pytest.raises(ConfigError, match="is a trial of another search"):
-        runs.train({}, name="0000", replicate=0)
+        runs.train({}, name="0000", replicate=0, stop=lambda: False)
     # Negative control: its own run is read, and nothing is trained.
     file.write_text(to_yaml(config))
-    found = runs.train({}, name="0000", replicate=0)
+    found = runs.train({}, name="0000", replicate=0, stop=lambda: False)
     assert isinstance(found, Facts)
     assert (found.losses, found.steps) == ((2.345,), 0)
 

@@ -1,8 +1,12 @@
-"""What a worker says before it begins."""
+"""What a worker says before it begins, and which trial is its last."""
 
 from __future__ import annotations
 
 import logging
+import os
+import signal
+import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +14,13 @@ import pytest
 
 pytest.importorskip("optuna")
 
-from search_samples import settings
+from search_samples import facts, queue, settings
 
 from megatron_completedp.search import worker
 from megatron_completedp.search.access import Search
+from megatron_completedp.search.objective import Facts, Objective
+from megatron_completedp.study.crew import StudyStopped
+from megatron_completedp.train.signals import StopSignals
 
 POSTGRES = {"url": "postgresql+psycopg://user:secret@host/name"}
 
@@ -43,3 +50,29 @@ def test_tasks_of_an_array_are_warned_of_sqlite(
     with caplog.at_level(logging.WARNING):
         worker.work(Search(settings(database=database), tmp_path))
     assert ("machines need database.url: postgresql+psycopg://" in caplog.text) == warns
+
+
+@pytest.mark.parametrize(("stopped_in", "trials"), [(None, 3), ("0001", 2)])
+def test_no_trial_follows_one_that_a_signal_found_in_its_last_step(
+    stopped_in: str | None, trials: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = queue(tmp_path, trials=3)
+
+    def train(self: Objective, params: Mapping[str, float], *, name: str, **_: Any) -> Facts:
+        with StopSignals() as signals:
+            if name == stopped_in:
+                os.kill(os.getpid(), signal.SIGTERM)
+                while not signals.requested():
+                    time.sleep(0.01)
+        return facts(3.0)
+
+    monkeypatch.setattr(Search, "join", lambda *_: one)
+    monkeypatch.setattr(Objective, "train", train)
+    search = Search(settings(), tmp_path)
+    if stopped_in is None:
+        worker.work(search)
+    else:
+        with pytest.raises(StudyStopped, match="start the same command again"):
+            worker.work(search)
+    states = [trial.state.name for trial in one.study.get_trials(deepcopy=False)]
+    assert states == ["COMPLETE"] * trials

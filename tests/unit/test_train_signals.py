@@ -69,6 +69,35 @@ def test_the_first_signal_asks_and_a_prompt_repetition_is_the_same(number: signa
     assert [signal.getsignal(each) for each in SIGNALS] == before
 
 
+@pytest.fixture
+def handed_on() -> Iterator[list[int]]:
+    """Signals that reach the handler of a caller, here of SIGTERM alone."""
+    received: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
+    yield received
+    signal.signal(signal.SIGTERM, before)
+
+
+def test_a_callers_handler_hears_of_the_signal_afterwards(handed_on: list[int]) -> None:
+    """The run that took it may have made its last step: only the caller can stop the next one."""
+    with StopSignals() as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        wait_until(stop.requested)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert handed_on == []
+    assert handed_on == [signal.SIGTERM]
+    with StopSignals():
+        pass
+    assert handed_on == [signal.SIGTERM]
+
+
+def test_a_run_that_has_saved_ends_without_a_keyboard_interrupt(handed_on: list[int]) -> None:
+    with StopSignals() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        wait_until(stop.requested)
+    assert handed_on == []
+
+
 def test_other_signals_do_not_ask() -> None:
     """Everything with a Python handler arrives by the same way."""
     old = signal.signal(signal.SIGUSR2, lambda number, frame: None)
