@@ -16,7 +16,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from threading import Thread
+from typing import Any, TextIO
 
 from megatron_completedp.config.load import load_config
 from megatron_completedp.config.run import RunConfig
@@ -138,15 +139,34 @@ def _train_by_torchrun(
 ) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += [f"--nproc-per-node={ranks}", "-m", "megatron_completedp.train"]
-    process = subprocess.Popen([*command, "--config", str(config_file)])
-    while process.poll() is None and not stop():
-        time.sleep(_POLL_S)
-    # torchrun hands SIGTERM on to the ranks; to one that has ended, this does nothing.
-    process.terminate()
+    process = subprocess.Popen(
+        [*command, "--config", str(config_file)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+    )
+    # SLURM signals torchrun as well. A second signal ends it at once, but not its ranks, which
+    # save: they have left when nobody holds their output any more.
+    ranks_live = Thread(target=_pass_on_output, args=(process.stdout,), daemon=True)
+    ranks_live.start()
+    asked = False
+    while ranks_live.is_alive():
+        if stop() and not asked:
+            asked = True
+            process.terminate()  # torchrun hands SIGTERM on; SIGUSR1 would end torchrun itself
+        ranks_live.join(_POLL_S)
     code = process.wait()
-    stopped = (Path(config.run_dir) / run_folder.REQUEUE_FILE).exists()
+    # Ranks that are still importing when they are asked to stop just die.
+    stopped = asked or (Path(config.run_dir) / run_folder.REQUEUE_FILE).exists()
     if code and not stopped and outcome(config) is None:
         raise CompletedPError(
             f"the run in {config.run_dir} on {ranks} ranks ended with exit code {code}; the "
             "worker's log has its output."
         )
+
+
+def _pass_on_output(stream: TextIO) -> None:
+    with stream:
+        for line in stream:
+            print(line, end="", flush=True)
