@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from matplotlib.ticker import FuncFormatter
@@ -33,9 +34,10 @@ def draw_transfer(
         _draw_arrow(axes, savings[size])
         tokens = sorted({2**x for seeds in by_recipe.values() for x in seeds[0]})
         log2_axis(axes, tokens)
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
+        unit, name = _unit(tokens[-1])
+        axes.xaxis.set_major_formatter(FuncFormatter(partial(_in_units, unit)))
         axes.margins(x=0.08, y=0.12)
-        axes.set(title=size, xlabel="tokens")
+        axes.set(title=size, xlabel=f"tokens ({name})")
         label_lines(axes)
     panels[0].set_ylabel("held-out loss (nats/token)")
 
@@ -70,9 +72,11 @@ def _draw_arrow(axes: Axes, found: Saving) -> None:
     axes.text(0.98, 0.97, text, transform=corner, ha="right", va="top")
 
 
-def _short(tokens: float) -> str:
-    """102400 as 0.10M."""
-    for size, unit in ((1e9, "B"), (1e6, "M")):
-        if tokens >= 0.1 * size:
-            return f"{tokens / size:.3g}{unit}"
-    return f"{tokens / 1e3:.3g}k"
+def _unit(most: float) -> tuple[float, str]:
+    """In which an axis up to `most` tokens is labelled: once, since labels are near each other."""
+    units = ((1e9, "billions"), (1e6, "millions"), (1e3, "thousands"))
+    return next((unit for unit in units if most >= 0.1 * unit[0]), units[-1])
+
+
+def _in_units(unit: float, tokens: float, position: int) -> str:
+    return f"{tokens / unit:.3g}"
