@@ -140,7 +140,7 @@ def surrogate_key(
     options: Mapping[str, Mapping[str, Any]],
     runs: int,
 ) -> str:
-    """Identity of a simulated curve: surrogate to six digits, settings, hash of the sources."""
+    """Identity of a simulated curve: surrogate to six digits, settings, the code that makes it."""
     of = surrogate
     rows: list[list[object]] = [[of.level, of.noise, of.seed_noise, of.ceiling, runs]]
     for name, valley in of.valleys.items():
@@ -148,7 +148,7 @@ def surrogate_key(
     for name, given in sorted(options.items()):
         rows.append([name, *sorted(given.items())])
     text = [[f"{x:.6g}" if isinstance(x, float) else str(x) for x in row] for row in rows]
-    return hashlib.sha256(f"{text} {sources_hash()}".encode()).hexdigest()[:16]
+    return hashlib.sha256(f"{text} {sources_hash(__name__)}".encode()).hexdigest()[:16]
 
 
 @contextmanager

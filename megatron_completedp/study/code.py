@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import subprocess
 from functools import cache
@@ -16,15 +17,37 @@ def code_version() -> str:
 
 
 @cache
-def sources_hash() -> str:
-    """SHA-256 over the names and contents of this package's Python files."""
+def sources_hash(module: str | None = None) -> str:
+    """SHA-256 over the names and contents of this package's Python files.
+
+    Given a `module`, over those that decide what it does: its own and what they import.
+    """
     package = Path(__file__).parents[1]
     digest = hashlib.sha256()
-    for path in sorted(package.rglob("*.py")):
+    for path in sorted(imported(package, module) if module else package.rglob("*.py")):
         content = path.read_bytes()
         digest.update(f"{path.relative_to(package).as_posix()} {len(content)}\n".encode())
         digest.update(content)
     return digest.hexdigest()
+
+
+def imported(package: Path, module: str) -> set[Path]:
+    """The files of `module` and of all that it imports from its package, directly or not.
+
+    `package` is the package's folder. Imports are absolute ones, wherever they stand in a file.
+    """
+    found: set[Path] = set()
+    left = [module]
+    while left:
+        name = left.pop()
+        path = package.parent / f"{name.replace('.', '/')}.py"
+        if not name.startswith(f"{package.name}.") or path in found or not path.is_file():
+            continue
+        found.add(path)
+        for node in ast.walk(ast.parse(path.read_bytes())):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                left += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+    return found
 
 
 def git_commit() -> str | None:

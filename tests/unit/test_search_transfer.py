@@ -249,7 +249,7 @@ def examples(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("examples")
     for file in EXAMPLES.glob("*.yaml"):
         shutil.copy(file, folder)
-    for name in ("global", "types", "types_x_depth"):
+    for name in yaml.safe_load((folder / "transfer.yaml").read_text())["recipes"]:
         recipe(folder / name / "recipe.yaml", {})
     return folder
 
