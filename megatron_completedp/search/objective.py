@@ -132,6 +132,8 @@ class Objective:
         start, before = time.perf_counter(), sum(kept_steps(config) for _, config in runs)
         losses: list[float | None] = []
         for file, config in runs:
+            if stop():
+                break
             self._write(file, config)
             row = train_point(file, ranks=self.ranks, stop=stop)
             if row is None:

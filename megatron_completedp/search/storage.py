@@ -110,6 +110,8 @@ def open_study(
                 )
             # Of two searches that begin in two folders at once, the database lets one in.
             write_study_once(storage, study._study_id, FOLDER_ID, _mark(out))
+        else:  # another search of this name is told what differs, wherever its folder is
+            check_identity(study, identity, text=text)
         if study.user_attrs[FOLDER_ID] != _marked(out):
             raise ConfigError(
                 f"the study {name!r} was started with another output folder than {out}. Its "
@@ -121,7 +123,6 @@ def open_study(
                 study.enqueue_trial(dict(first), skip_if_exists=True)
             study.set_user_attr(TEXT, dict(text or {}))
             study.set_user_attr(IDENTITY, _as_read_back(identity))
-        check_identity(study, identity, text=text)
         _note_code(study)
     return study
 

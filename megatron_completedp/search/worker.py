@@ -52,6 +52,8 @@ def run(search: Search) -> None:
     stop: Stop = RawValue(c_bool, False)
     with stopping(stop):
         queue = search.join("parent", stop)
+    if stop.value:
+        raise StudyStopped()
     devices = visible_devices(queue.objective.base)
     workers = worker_count(settings.workers, ranks=settings.ranks, devices=devices)
     logger.info("%d trials, %d at a time; logs in %s", settings.trials, workers, search.out)
@@ -95,7 +97,7 @@ def work(search: Search) -> None:
     with environment(ranks=ranks, number=0, devices=()), stopping(stop):
         _work(search, name, stop)
     if stop.value:
-        raise StudyStopped("stopped by a signal; start the same command again to go on.")
+        raise StudyStopped()
 
 
 def _warn_of_sqlite_in_an_array(search: Search) -> None:

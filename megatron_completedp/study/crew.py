@@ -42,6 +42,11 @@ class StudyStopped(CompletedPError):
 
     exit_code = REQUEUE_EXIT_CODE
 
+    def __init__(
+        self, message: str = "stopped by a signal; start the same command again to go on."
+    ) -> None:
+        super().__init__(message)
+
 
 class Stop(Protocol):
     """The wish to stop, in memory that all processes of a crew share."""
@@ -90,7 +95,7 @@ class Crew:
                 "again to go on."
             )
         if stop.value:
-            raise StudyStopped("stopped by a signal; start the same command again to go on.")
+            raise StudyStopped()
 
     def _start(self, number: int, stop: Stop, errors: Any) -> Any:
         process = _SPAWN.Process(

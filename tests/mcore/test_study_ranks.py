@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from threading import Thread
 
@@ -21,13 +22,17 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
-def config(tmp_path: Path) -> Path:
-    """A run of minutes."""
+def config(tmp_path: Path) -> Iterator[Path]:
+    """A run of minutes, of which no rank is left behind."""
     file = write_run(tmp_path / "run", make_corpus(tmp_path / "corpus"), checkpoint__interval=0)
     tree = yaml.safe_load(file.read_text())
     tree["training"]["train_steps"] = 20_000
     file.write_text(yaml.safe_dump(tree))
-    return file
+    yield file
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if str(file).encode() in (process / "cmdline").read_bytes():
+                os.kill(int(process.name), signal.SIGKILL)
 
 
 def children(parent: int) -> list[int]:

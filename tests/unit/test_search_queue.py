@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from threading import Thread
+from typing import Any
 
 import pytest
 
@@ -346,15 +347,29 @@ def test_one_write_proposes_what_optuna_would(tmp_path: Path, sampler: str) -> N
         assert kept.distributions == expected.distributions
 
 
-@pytest.mark.parametrize("name", ["trust_region", "random", "qmc", "tpe", "gp", "turbo"])
-def test_a_lost_trial_changes_no_later_point(tmp_path: Path, name: str) -> None:
-    """One worker that dies in its trials 0 and 4 proposes what it would have undisturbed."""
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("trust_region", {"start_replicates": 2, "round_size": 3}),
+        ("random", {}),
+        ("qmc", {}),
+        # From the third trial on by their models.
+        ("tpe", {"n_startup_trials": 3}),
+        ("gp", {"n_startup_trials": 3}),
+        ("turbo", {"start_runs": 3}),
+    ],
+)
+def test_a_lost_trial_changes_no_later_point(
+    tmp_path: Path, name: str, options: Mapping[str, Any]
+) -> None:
+    """One worker that dies in its trials 0, 4 and 7 proposes what it would have undisturbed."""
     if name == "turbo":
         pytest.importorskip("botorch")
     proposed = []
-    for kills in ((), (0, 4)):
-        one = queue(tmp_path / f"{len(kills)}", trials=8)
-        one = replace(one, sampler=sampler_by_slot(settings(sampler=name), one.objective.space))
+    for kills in ((), (0, 4, 7)):
+        one = queue(tmp_path / f"{len(kills)}", trials=10)
+        chosen = settings(sampler=name, sampler_options=options)
+        one = replace(one, sampler=sampler_by_slot(chosen, one.objective.space))
         points: list[Mapping[str, float]] = []
         left = list(kills)
         while not one.finished():

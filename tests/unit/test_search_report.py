@@ -20,13 +20,20 @@ from megatron_completedp.search.history import Estimate, History
 from megatron_completedp.search.importance import importance
 from megatron_completedp.search.incumbent import incumbent
 from megatron_completedp.search.report import _limits, report
-from megatron_completedp.search.report_figures import Cell, cell, draw_progress, profiles, short
+from megatron_completedp.search.report_figures import (
+    Cell,
+    cell,
+    draw_cliffs,
+    draw_progress,
+    profiles,
+    short,
+)
 from megatron_completedp.search.report_tables import changes_table
 from megatron_completedp.search.status import status
 from megatron_completedp.search.trials_file import FILE, read_export
 from megatron_completedp.study.page import write_report
 from megatron_completedp.study.report import Report
-from tests.search_report_samples import NOISE, finished_study, search, surrogate_of
+from tests.search_report_samples import NOISE, STEEP, finished_study, search, surrogate_of
 
 TRIALS = 70
 
@@ -221,6 +228,25 @@ def test_the_base_run_is_drawn_below_the_best_so_far(trust: tuple[Search, optuna
     (bottom, _, top) = np.unique(np.r_[base.get_paths()[0].vertices[:, 1], found.start.mean])
     assert (top - bottom) / 2 == pytest.approx(found.start.interval.high - found.start.mean)
     assert len(best.get_paths()) == 1
+
+
+def test_the_cliff_map_has_every_diverged_run_and_the_cliff_before_it(tmp_path: Path) -> None:
+    """The first dimension diverges from 1.2 nats on; a random search goes up to 2.3."""
+    of = search(tmp_path, level="global", sampler="random")
+    study = finished_study(of, 60)
+    found, figure = history(of, study), Figure()
+    first = found.space.names[0]
+    draw_cliffs(figure, found, {first: STEEP}, found.held[-1].point)
+    (axes,) = figure.axes
+    fallen = [trial.params[first] for trial in found.finished if trial.user_attrs["diverged"]]
+    crosses, cliff, best = axes.lines[:3]
+    assert len(fallen) > 1
+    assert list(crosses.get_xdata()) == pytest.approx([value / math.log(2) for value in fallen])
+    assert set(cliff.get_xdata()) == {1.2 / math.log(2)}
+    assert list(best.get_xdata()) == [found.held[-1].point[first] / math.log(2)]
+    # Runs that ended well are on this side of it.
+    bar = axes.patches[0]
+    assert bar.get_x() + bar.get_width() < 1.2 / math.log(2) < min(crosses.get_xdata())
 
 
 def test_a_search_whose_sampler_has_options_is_reported(tmp_path: Path) -> None:

@@ -95,6 +95,21 @@ def test_workers_with_another_folder_are_refused(tmp_path: Path) -> None:
     opened(there)
 
 
+def test_another_search_in_another_folder_is_told_what_differs(tmp_path: Path) -> None:
+    """Two users of one database who both left the default name."""
+    url = f"sqlite:///{tmp_path / 'study.db'}"
+
+    def opens(name: str, **changes: Any) -> None:
+        out = tmp_path / name
+        out.mkdir()
+        identity = objective(out, **changes).identity
+        open_study(connect(url, DATABASE, out), "study", out, identity=identity)
+
+    opens("mine")
+    with pytest.raises(ConfigError, match=r"space\.level was global, is now types"):
+        opens("theirs", level="types")
+
+
 def test_of_two_searches_that_begin_at_once_the_database_lets_one_in(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from matplotlib.figure import Figure
 
 from megatron_completedp.config.load import load_config
@@ -29,7 +30,7 @@ from megatron_completedp.study.results import Results
 from megatron_completedp.study.settings import OutFlag, load_study
 
 EXAMPLES = Path(__file__).parents[2] / "examples/search"
-LEVELS = ("types", "types_x_depth", "full")
+LEVELS = ("types", "types_x_depth", "full", "types_then_depth")
 SAMPLERS = ("types_random", "types_tpe", "types_cmaes", "types_gp")
 LOGS = (16.0, 17.0, 18.0, 19.0)
 

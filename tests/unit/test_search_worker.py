@@ -14,7 +14,7 @@ import pytest
 
 pytest.importorskip("optuna")
 
-from search_samples import facts, queue, settings
+from search_samples import facts, objective, queue, settings
 
 from megatron_completedp.search import worker
 from megatron_completedp.search.access import Search
@@ -76,3 +76,39 @@ def test_no_trial_follows_one_that_a_signal_found_in_its_last_step(
             worker.work(search)
     states = [trial.state.name for trial in one.study.get_trials(deepcopy=False)]
     assert states == ["COMPLETE"] * trials
+
+
+def test_a_signal_while_the_search_is_joined_ends_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else it would be lost between two handlers, and the whole search begin."""
+    one = queue(tmp_path, trials=3)
+
+    def join(*_: object) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return one
+
+    monkeypatch.setattr(Search, "join", join)
+    with pytest.raises(StudyStopped, match="start the same command again"):
+        worker.run(Search(settings(), tmp_path))
+    assert one.study.get_trials() == []
+
+
+def test_a_trial_of_several_seeds_begins_no_run_once_it_is_asked_to_stop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[Path] = []
+
+    def train_point(config_file: Path, **_: object) -> dict[str, object]:
+        begun.append(config_file)
+        return {"loss": 3.0, "diverged": False}
+
+    monkeypatch.setattr("megatron_completedp.search.objective.train_point", train_point)
+    runs = objective(tmp_path, seeds=3)
+    (tmp_path / "trials").mkdir()
+    found = runs.train({}, name="0000", replicate=0, stop=lambda: len(begun) == 2)
+    assert len(begun) == 2
+    assert not isinstance(found, Facts)
+    begun.clear()
+    assert isinstance(runs.train({}, name="0000", replicate=0, stop=lambda: False), Facts)
+    assert len(begun) == 3
