@@ -19,6 +19,10 @@ Params = dict[str, float]
 #: What a trial's system attribute says that it runs: see `TrustRegionSampler`.
 Tag = Mapping[str, Any]
 
+#: Length of a step in those of a typical child: the model's direction is surer than any child's,
+#: and a step that went too far costs one run.
+STRIDE = 1.5
+
 #: Children further from the incumbent than so many times a typical one say nothing about its slope.
 LOCAL = 2.5
 
@@ -45,8 +49,8 @@ def child(axes: Axes, trials: Trials, tag: Tag, *, seed: int, subset: float) -> 
 def step(axes: Axes, trials: Trials, tag: Tag, *, rules: Rules, subset: float) -> Params:
     """From the incumbent down a linear model of the children near it, in their region.
 
-    As long as a typical child's step, sqrt(coordinates moved / 3) in radii; each coordinate is
-    clipped to the region.
+    STRIDE times as long as a typical child's step, which is sqrt(coordinates moved / 3) in radii;
+    each coordinate is clipped to the region.
     """
     (incumbent,) = tag["centre"]
     start, scale = params_of(axes, trials, incumbent), tag["scale"]
@@ -56,7 +60,7 @@ def step(axes: Axes, trials: Trials, tag: Tag, *, rules: Rules, subset: float) -
     down = direction(
         axes, trials, start, count=children, scale=scale, near=LOCAL * length, cliff=rules.cliff
     )
-    parts = (down * length).clip(-1, 1)
+    parts = (down * STRIDE * length).clip(-1, 1)
     return {
         name: axis.value(axis.coordinate(start[name]) + axis.reach(scale) * part)
         for (name, axis), part in zip(axes.items(), parts.tolist(), strict=True)

@@ -24,7 +24,7 @@ class Rules:
     it; the defaults are ours, and say why.
     """
 
-    round_size: int = 24
+    round_size: int = 16
     """Children per round. At least the number of workers: else rounds overlap, and those that were
     drawn before the last decision say nothing about the region. More children per round make a
     better model, fewer make steps more often."""

@@ -16,7 +16,7 @@ from optuna.trial import create_trial  # noqa: E402
 
 from megatron_completedp.search import linear_model  # noqa: E402
 from megatron_completedp.search.attributes import REPLICATE, TAG  # noqa: E402
-from megatron_completedp.search.moves import direction  # noqa: E402
+from megatron_completedp.search.moves import STRIDE, direction  # noqa: E402
 from megatron_completedp.search.trust_region import TrustRegionSampler  # noqa: E402
 from megatron_completedp.search.trust_rules import START, Rules, step_after  # noqa: E402
 from megatron_completedp.search.trust_state import Run, fold  # noqa: E402
@@ -60,9 +60,24 @@ def test_kinds_that_matter_are_told_from_those_that_do_not() -> None:
         # Negative control: kinds that mean nothing do not tell.
         shuffled = generator.permutation(kinds)
         mistold.append(cosine(descent(points, losses, groups, shuffled), slope))
-    assert min(told) > 0.95
+    assert min(told) > 0.9
     assert np.mean(untold) < 0.8
     assert np.mean(mistold) < np.mean(told) - 0.02
+
+
+def test_a_few_noisy_runs_do_not_dismiss_whole_kinds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where all kinds matter alike, 24 runs look as if half of them did not matter at all."""
+    found: dict[float, list[float]] = {linear_model._PRIOR: [], 0.0: []}
+    for seed in range(40):
+        generator = np.random.default_rng(seed)
+        points, slope = generator.uniform(-1, 1, (24, 70)), generator.normal(size=70)
+        losses = points @ slope + 5.0 * generator.normal(size=24)
+        kinds, groups = np.arange(70) // 10, np.zeros(24, dtype=np.int64)
+        for prior, cosines in found.items():
+            monkeypatch.setattr(linear_model, "_PRIOR", prior)
+            cosines.append(cosine(descent(points, losses, groups, kinds), slope))
+    kept, dismissed = (float(np.mean(cosines)) for cosines in found.values())
+    assert kept > dismissed + 0.03, (kept, dismissed)
 
 
 def test_what_a_group_of_runs_has_in_common_is_no_slope() -> None:
@@ -149,7 +164,7 @@ def test_steps_gain_what_single_children_cannot() -> None:
 def test_a_step_is_the_same_whoever_takes_it() -> None:
     steps = []
     for _ in range(2):
-        study, sampler = search(27, 7)  # three runs of the start, a round of 24
+        study, sampler = search(19, 7)  # three runs of the start, a round of 16
         assert sampler.state(study).wanted == ((step_after(0), 0),)
         # Another worker than the one that saw the round.
         study.sampler = TrustRegionSampler(seed=7, space=sampler._space, radius=1.0)
@@ -159,11 +174,11 @@ def test_a_step_is_the_same_whoever_takes_it() -> None:
         assert study.trials[other.number].system_attrs[TAG]["point"] == other.number
     first, second = (step.params for step in steps)
     assert first == second
-    assert first != search(27, 8)[0].ask(sampler._space).params
-    # No coordinate leaves the region, and the step is about as long as a child's.
-    moved = np.array(list(first.values()))
+    assert first != search(19, 8)[0].ask(sampler._space).params
+    # No coordinate leaves the region, and the step is somewhat longer than a child's.
+    moved, child = np.array(list(first.values())), math.sqrt(40 / 3)
     assert abs(moved).max() <= 1.0
-    assert 0.8 * math.sqrt(40 / 3) < np.linalg.norm(moved) <= math.sqrt(40 / 3) + 1e-9
+    assert child < np.linalg.norm(moved) <= STRIDE * child + 1e-9
 
 
 def test_children_of_a_wider_region_are_compared_among_themselves() -> None:

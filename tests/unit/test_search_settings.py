@@ -186,7 +186,7 @@ def test_what_draws_all_trials_from_one_sequence_has_one_seed(name: str) -> None
     assert of(0) is of(1)
 
 
-@pytest.mark.parametrize(("workers", "warned"), [(24, False), (25, True)])
+@pytest.mark.parametrize(("workers", "warned"), [(16, False), (17, True)])
 def test_more_workers_than_a_round_are_warned_of(
     workers: int,
     warned: bool,
@@ -196,7 +196,7 @@ def test_more_workers_than_a_round_are_warned_of(
 ) -> None:
     monkeypatch.setattr("megatron_completedp.study.crew.Crew.run", lambda self, watch: None)
     assert run(tmp_path, "--workers", str(workers)) == 0
-    assert ("round_size is 24" in caplog.text) == warned
+    assert ("round_size is 16" in caplog.text) == warned
 
 
 def test_the_trust_region_is_told_the_kinds_of_numbers() -> None:
