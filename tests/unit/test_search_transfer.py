@@ -30,7 +30,7 @@ from megatron_completedp.study.results import Results
 from megatron_completedp.study.settings import OutFlag, load_study
 
 EXAMPLES = Path(__file__).parents[2] / "examples/search"
-LEVELS = ("types", "types_x_depth", "full", "types_then_depth")
+LEVELS = ("types", "types_x_depth", "full")
 SAMPLERS = ("types_random", "types_tpe", "types_cmaes", "types_gp")
 LOGS = (16.0, 17.0, 18.0, 19.0)
 
