@@ -51,47 +51,39 @@ def descent(points: Floats, losses: Floats, groups: Labels, kinds: Labels) -> Fl
     largest = np.linalg.norm(losses) * np.linalg.norm(points, 2)
     if np.linalg.norm(points.T @ losses) <= 1e-9 * largest:
         return np.zeros(points.shape[1])
-    slope = _slopes(points, losses, groups, [kinds == kind for kind in np.unique(kinds)])
+    named = [kinds == kind for kind in np.unique(kinds)]
+    slope = _slopes(points, losses, len(np.unique(groups)), named)
     length = np.linalg.norm(slope)
     return -slope / length if length > 0 else np.zeros(points.shape[1])
 
 
-def _slopes(points: Floats, losses: Floats, groups: Labels, kinds: list[Labels]) -> Floats:
-    """The slopes' posterior mean [d]; each group of `losses` and `points` has the mean 0."""
+def _slopes(points: Floats, losses: Floats, levels: int, kinds: list[Labels]) -> Floats:
+    """The slopes' posterior mean [d]; each of the `levels` groups has the mean 0 in both."""
+    gram, falls = points.T @ points, points.T @ losses
     # What is left of n runs once each group's level is taken out has fewer than n dimensions.
-    levels = np.stack([groups == group for group in np.unique(groups)], axis=1).astype(float)
-    rest = np.linalg.qr(levels, mode="complete")[0][:, levels.shape[1] :].T
-    points, losses = rest @ points, rest @ losses
-    kernels = [points[:, kind] @ points[:, kind].T for kind in kinds]
-    total = float(losses @ losses) / len(losses)
+    freedom = len(losses) - levels
+    total = float(losses @ losses) / freedom
     # Half of the scatter is noise, the kinds share the other half.
     noise = total / 2
-    alike = [total / 2 / len(kinds) / max(np.trace(k) / len(losses), 1e-300) for k in kernels]
-    sizes = alike
+    moved = [np.trace(gram[np.ix_(kind, kind)]) / freedom for kind in kinds]
+    alike = [total / 2 / len(kinds) / (square or 1.0) for square in moved]
+    sizes = list(alike)
     for _ in range(_STEPS):
-        inverse = np.linalg.inv(_covariance(noise, sizes, kernels))
-        seen = inverse @ losses
+        precision = np.zeros(len(falls))
+        for size, kind in zip(sizes, kinds, strict=True):
+            precision[kind] = noise / size
+        inverse = np.linalg.inv(gram + np.diag(precision))
+        slope = inverse @ falls
+        # How many of a kind's slopes the losses have settled; the others are as the kind says.
+        settled = [float(np.sum(1 - (precision * inverse.diagonal())[kind])) for kind in kinds]
         # Each is moved by the root of what the losses show over what it predicts, which never
         # lowers the likelihood (Zhou et al., arXiv 1509.07426); here both with the prior's part.
         sizes = [
-            size
-            * np.sqrt(
-                (seen @ kernel @ seen + _PRIOR * mode / size**2)
-                / max(np.sum(inverse * kernel) + _PRIOR / size, 1e-300)
-            )
-            for size, kernel, mode in zip(sizes, kernels, alike, strict=True)
+            np.sqrt(size * (np.sum(slope[kind] ** 2) + _PRIOR * mode) / (count + _PRIOR))
+            for size, kind, mode, count in zip(sizes, kinds, alike, settled, strict=True)
         ]
-        noise *= np.sqrt((seen @ seen) / np.trace(inverse))
+        rest = losses - points @ slope
+        noise = np.sqrt(noise * float(rest @ rest) / max(freedom - sum(settled), 1e-9))
         noise = max(noise, 1e-9 * total)
-    seen = np.linalg.inv(_covariance(noise, sizes, kernels)) @ losses
-    slope = np.zeros(points.shape[1])
-    for size, kind in zip(sizes, kinds, strict=True):
-        slope[kind] = size * points[:, kind].T @ seen
-    return slope
-
-
-def _covariance(noise: float, sizes: list[float], kernels: list[Floats]) -> Floats:
-    found: Floats = noise * np.eye(len(kernels[0]))
-    for size, kernel in zip(sizes, kernels, strict=True):
-        found = found + size * kernel
+    found: Floats = slope
     return found

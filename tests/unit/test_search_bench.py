@@ -37,9 +37,10 @@ def test_the_database_takes_less_than_a_hundredth_of_a_trial(tmp_path: Path, dat
 
 @pytest.mark.slow
 def test_a_proposal_takes_at_most_5_ms_of_cpu() -> None:
-    """With 79 dimensions and 500 trials, without the step once in about 27 proposals."""
+    """With 79 dimensions and 500 trials; the mean with the step down the model, one in about 20."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     with quiet():
         trials = sampler.filled(synthetic(79), 500)
         row = sampler.measure("trust_region", synthetic(79), trials, None, rounds=30)
-    assert row["proposal"] <= 5
+    assert row["proposal"] <= row["mean"] <= 5
+    assert row["slowest"] > 2 * row["proposal"], "no step among them"
