@@ -28,8 +28,8 @@ def descent(points: Floats, losses: Floats, groups: Labels, kinds: Labels) -> Fl
     These variances are the most probable ones (restricted likelihood, inverse gamma priors with
     modes at which all kinds share alike): the noisier the losses, the less single runs count, and
     a kind that does not matter as a whole is, given enough runs, not followed where chance makes
-    one of its coordinates look as if it did. Within a group, losses
-    further above the median than the lowest is below it are cut to there: a cliff is no slope.
+    one of its coordinates look as if it did. Within a group, losses further above the median than
+    the lowest is below it are cut to there: a cliff is no slope.
 
     Args:
         points: [n, d], in units in which all coordinates of a kind are alike.
