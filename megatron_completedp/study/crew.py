@@ -20,7 +20,7 @@ from ctypes import c_bool
 from dataclasses import dataclass
 from multiprocessing.sharedctypes import RawValue
 from pathlib import Path
-from threading import Event, Thread
+from threading import Thread
 from typing import Any, Protocol
 
 from megatron_completedp.config.run import RunConfig
@@ -159,7 +159,8 @@ def _be_worker(
     os.dup2(log.fileno(), sys.stderr.fileno())
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     try:
-        with stopping(stop), _following_the_parent(stop):
+        with stopping(stop):
+            Thread(target=_stop_with_the_parent, args=(stop,), daemon=True).start()
             work(number=number, stop=stop)
     except StudyStopped:
         pass  # `stop` is set, and says it to whoever waits
@@ -190,24 +191,12 @@ def stopping(stop: Stop) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-@contextmanager
-def _following_the_parent(stop: Stop) -> Iterator[None]:
-    """Inside, the end of this process's parent sets `stop`."""
-    parent, over = multiprocessing.parent_process(), Event()
+def _stop_with_the_parent(stop: Stop) -> None:
+    """Set `stop` once this process's parent has ended."""
+    parent = multiprocessing.parent_process()
     assert parent is not None
-
-    def follow() -> None:
-        while not stop.value and not over.wait(POLL_S / 4):
-            if not parent.is_alive():
-                stop.value = True
-
-    thread = Thread(target=follow, name="parent", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()
+    parent.join()
+    stop.value = True
 
 
 @contextmanager

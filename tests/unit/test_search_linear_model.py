@@ -46,8 +46,15 @@ def test_the_direction_is_that_of_steepest_descent() -> None:
     assert cosine(descent(points, noisy, np.zeros(60, dtype=np.int64)), slope) > 0.6
 
 
-def test_kinds_that_matter_are_told_from_those_that_do_not() -> None:
-    """Where 8 of 64 coordinates matter, knowing them for a kind finds more of the slope."""
+@pytest.mark.parametrize(("prior", "least"), [(0.0, 0.95), (linear_model._PRIOR, 0.9)])
+def test_kinds_that_matter_are_told_from_those_that_do_not(
+    prior: float, least: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where 8 of 64 coordinates matter, knowing them for a kind finds more of the slope.
+
+    The belief that all kinds matter alike is wrong here, and costs a little.
+    """
+    monkeypatch.setattr(linear_model, "_PRIOR", prior)
     told, untold, mistold = [], [], []
     for seed in range(4):
         generator = np.random.default_rng(seed)
@@ -60,7 +67,7 @@ def test_kinds_that_matter_are_told_from_those_that_do_not() -> None:
         # Negative control: kinds that mean nothing do not tell.
         shuffled = generator.permutation(kinds)
         mistold.append(cosine(descent(points, losses, groups, shuffled), slope))
-    assert min(told) > 0.9
+    assert min(told) > least
     assert np.mean(untold) < 0.8
     assert np.mean(mistold) < np.mean(told) - 0.02
 
