@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +34,15 @@ def writes_its_place(*, number: int, stop: Stop) -> None:
         "devices": os.environ.get("CUDA_VISIBLE_DEVICES"),
     }
     Path(f"place{number}.json").write_text(json.dumps(place))
+
+
+def waits_for_the_end(*, number: int, stop: Stop) -> None:
+    """Into the current folder, what it has seen."""
+    Path("began").write_text("yes")
+    deadline = time.monotonic() + 60
+    while not stop.value and time.monotonic() < deadline:
+        time.sleep(0.02)
+    Path("ended").write_text(str(stop.value))
 
 
 def places(crew: Crew) -> list[dict[str, Any]]:
@@ -77,3 +89,29 @@ def test_a_stop_is_a_stop_and_an_error_an_error(tmp_path: Path) -> None:
     with pytest.raises(CompletedPError, match="no data") as error:
         Crew(work=failing, logs=tmp_path, workers=1, ranks=1).run(lambda: False)
     assert not isinstance(error.value, StudyStopped)
+
+
+def test_a_worker_stops_when_its_parent_is_killed(tmp_path: Path) -> None:
+    """Else it would train on, beside the workers of the command that is started again."""
+    script = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from pathlib import Path
+from test_study_crew import Crew, waits_for_the_end
+Crew(work=waits_for_the_end, logs=Path("logs"), workers=1, ranks=1).run(lambda: False)
+"""
+    parent = subprocess.Popen([sys.executable, "-c", script], cwd=tmp_path)
+    try:
+        wait_for(tmp_path / "began")
+    finally:
+        parent.kill()
+        parent.wait()
+    wait_for(tmp_path / "ended")
+    assert (tmp_path / "ended").read_text() == "True"
+
+
+def wait_for(file: Path) -> None:
+    deadline = time.monotonic() + 90
+    while not (file.exists() and file.read_text()):
+        assert time.monotonic() < deadline, f"no {file.name}"
+        time.sleep(0.05)
